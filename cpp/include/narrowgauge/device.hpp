@@ -1,0 +1,36 @@
+// The CPU that the process runs on: its features, and the instruction set whose kernels are used.
+//
+// Each room keeps one table of functions per instruction set; the choice is made once, by CPUID, and can be
+// asked, printed and forced: NARROWGAUGE_ISA=portable|avx2|avx512 forces a lower one for the whole process.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace ng {
+
+// Ordered: each includes all before it.
+//   avx2    AVX2, FMA, F16C, BMI2
+//   avx512  F, BW, DQ, VL, VBMI, VBMI2, VNNI, BF16; a CPU that lacks one of them runs avx2
+enum class Isa : uint8_t { portable, avx2, avx512 };
+
+std::string_view isa_name(Isa isa) noexcept;
+Isa isa_from_name(std::string_view name);  // throws InvalidArgument naming the choices
+
+// The best one that this CPU and operating system can run.
+Isa isa_supported() noexcept;
+
+// The one in use. Throws InvalidArgument if NARROWGAUGE_ISA names none or one that the CPU lacks.
+Isa isa();
+
+// Changes the one in use, for tests and benchmarks. Throws InvalidArgument if the CPU lacks it.
+// Thread-safe, but calls that are already running finish with the old one.
+void force_isa(Isa isa);
+
+// The CPU's model name and the features that matter here ("avx2", "avx512_vbmi", "amx_bf16", ...).
+std::string cpu_name();
+std::vector<std::string> cpu_features();
+
+}  // namespace ng

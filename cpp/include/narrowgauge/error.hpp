@@ -1,0 +1,64 @@
+// Errors: what the library throws, and the one check macro that throws it.
+//
+// Every public function validates its arguments at the boundary and throws one of these types; kernels
+// never throw. The Python bindings map each type to the built-in exception named beside it.
+#pragma once
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace ng {
+
+// Base of everything thrown on purpose. Python: narrowgauge.Error (a RuntimeError).
+class Error : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+// An argument has the wrong shape, dtype, value or name. Python: ValueError.
+class InvalidArgument : public Error {
+ public:
+  using Error::Error;
+};
+
+// Memory could not be had. Python: MemoryError.
+class OutOfMemory : public Error {
+ public:
+  using Error::Error;
+};
+
+// The operating system refused. Python: OSError with errno().
+class SystemError : public Error {
+ public:
+  SystemError(int errno_value, const std::string& message) : Error(message), errno_(errno_value) {}
+  int errno_value() const noexcept { return errno_; }
+
+ private:
+  int errno_;
+};
+
+// A file is not what it claims to be: truncated, altered or hostile. Python: narrowgauge.FileCorrupt (a ValueError).
+class FileCorrupt : public Error {
+ public:
+  using Error::Error;
+};
+
+// Joins its arguments as text: concat("x has ", 3, " columns").
+template <typename... Parts>
+std::string concat(const Parts&... parts) {
+  std::ostringstream out;
+  (out << ... << parts);
+  return out.str();
+}
+
+}  // namespace ng
+
+// Throws ng::Kind with the joined message unless the condition holds. The message names the value seen and
+// the value expected; the place in the source follows in brackets.
+#define NG_CHECK(condition, Kind, ...)                                                                \
+  do {                                                                                                \
+    if (!(condition)) [[unlikely]] {                                                                  \
+      throw ::ng::Kind(::ng::concat(__VA_ARGS__, " [", __FILE_NAME__, ":", __LINE__, "]"));           \
+    }                                                                                                 \
+  } while (false)

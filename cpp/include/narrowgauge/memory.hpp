@@ -1,0 +1,40 @@
+// Memory: an owned, aligned block, and the streaming read that measures what memory can deliver.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "narrowgauge/executor.hpp"
+
+namespace ng {
+
+// Owned bytes, aligned to 64; blocks of 4 MiB and more are aligned to and advised for 2 MiB pages.
+// Contents start undefined. Move-only; not thread-safe, like any value.
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(size_t bytes);  // throws OutOfMemory with the request
+  ~Buffer();
+  Buffer(Buffer&& other) noexcept;
+  Buffer& operator=(Buffer&& other) noexcept;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  std::byte* data() noexcept { return data_; }
+  const std::byte* data() const noexcept { return data_; }
+  size_t size() const noexcept { return size_; }
+
+ private:
+  std::byte* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+// Asks for 2 MiB pages for the whole pages inside [data, data + bytes), before their first use. Advisory: a
+// kernel without them ignores it.
+void advise_huge_pages(void* data, size_t bytes) noexcept;
+
+// Reads every cache line of [data, data + bytes) once, in long chunks on all threads, and returns a value that
+// depends on all of them. The time that it takes is the limit for anything that must read those bytes.
+uint64_t stream_read(const void* data, size_t bytes, Executor& executor);
+
+}  // namespace ng

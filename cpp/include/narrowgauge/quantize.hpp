@@ -1,0 +1,139 @@
+// quantize, dequantize, pack, unpack: between floats, canonical codes and the packed layout of the CPU.
+//
+// Canonical layout (memory, wire, disk; the same on every machine). Row-major, for `rows` x `cols` elements:
+//   codes    u8 [rows, row_bytes]   codes densely packed, little-endian bit order, each row starting on a byte:
+//
+//              byte 0              byte 1              byte 2          6-bit codes a b c d, bit 0 first
+//              a0 a1 a2 a3 a4 a5 b0 b1 | b2 b3 b4 b5 c0 c1 c2 c3 | c4 c5 d0 d1 d2 d3 d4 d5
+//
+//   scales   [rows, groups] in the Format's scale type
+//   zeros    u8 [rows, groups]      uintN only
+//   global   f32 [1]                e4m3 scales only; the effective scale is fp32(scale * global)
+//
+// Packed layout (this process, this kind of device): one opaque block of packed_bytes(); see quantize/layout.hpp.
+//
+// All functions are thread-safe on distinct outputs, allocate nothing that outlives the call, and throw
+// InvalidArgument for anything that does not fit.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "narrowgauge/executor.hpp"
+#include "narrowgauge/format.hpp"
+#include "narrowgauge/memory.hpp"
+#include "narrowgauge/tensor.hpp"
+
+namespace ng {
+
+// A borrowed canonical matrix. All arrays dense. scales in the Format's scale type.
+struct CanonicalView {
+  Format format;
+  int64_t rows = 0;
+  int64_t cols = 0;
+  uint8_t* codes = nullptr;
+  void* scales = nullptr;
+  uint8_t* zeros = nullptr;         // null unless the element has a zero point
+  float* global_scale = nullptr;    // null unless the Format has one
+};
+
+// Bytes of each array of a canonical matrix (0 for an absent one).
+struct CanonicalBytes {
+  int64_t codes = 0;
+  int64_t scales = 0;
+  int64_t zeros = 0;
+  int64_t global_scale = 0;
+  int64_t total() const noexcept { return codes + scales + zeros + global_scale; }
+};
+// Throws InvalidArgument if rows or cols is negative or the sizes overflow.
+CanonicalBytes canonical_bytes(const Format& format, int64_t rows, int64_t cols);
+
+enum class ScaleSearch : uint8_t {
+  absmax,  // scale = amax / element_max
+  mse,     // the one of a small grid of multiples of absmax, 1 among them, with the least squared error per group
+};
+enum class NanPolicy : uint8_t {
+  error,     // NaN or Inf in the input throws InvalidArgument naming the first index
+  saturate,  // Inf becomes the largest finite float of its sign, NaN zero
+};
+
+struct QuantizeOptions {
+  ScaleSearch search = ScaleSearch::absmax;
+  NanPolicy nan = NanPolicy::error;
+  bool full_range = false;  // intN down to -2^(N-1); for importers
+  bool e8m0_ceil = false;   // e8m0 scales: ceil instead of OCP's floor, so that nothing saturates
+  // Stochastic rounding (Philox-4x32-10): element i of the row-major matrix uses word i & 3 of counter i >> 2 under
+  // key = seed, and is rounded away from zero (uintN: up) if word * 2^-32 < fraction. The same on every machine.
+  bool stochastic = false;
+  uint64_t seed = 0;
+};
+
+// weights [.., cols] in f32, f16 or bf16, leading axes flattened to rows; rows dense.
+// pre: out has the matrix's rows and cols and arrays of canonical_bytes().
+void quantize(const TensorView& weights, const CanonicalView& out, const QuantizeOptions& options, Executor& executor);
+
+// out [.., cols], f32, f16 or bf16. The product value * scale is rounded once to fp32, then to the output's type.
+void dequantize(const CanonicalView& matrix, const TensorView& out, Executor& executor);
+
+// --- packed -------------------------------------------------------------------------------------------------
+
+// A borrowed packed matrix.
+struct PackedView {
+  Format format;
+  int64_t rows = 0;
+  int64_t cols = 0;
+  const uint8_t* data = nullptr;  // packed_bytes(), aligned to 64
+};
+
+// Size of the packed block. Rows are padded to 16 and columns to 16; each section is padded to 64 bytes.
+int64_t packed_bytes(const Format& format, int64_t rows, int64_t cols);
+
+// `packed` has packed_bytes() bytes, aligned to 64. unpack(pack(x)) == x, bit for bit, padding bits of codes zero.
+void pack(const CanonicalView& matrix, uint8_t* packed, Executor& executor);
+void unpack(const PackedView& packed, const CanonicalView& out, Executor& executor);
+
+// out[i, :] = dequantized row indices[i]; out [count, cols] in f32, f16 or bf16. Throws InvalidArgument naming the
+// first index outside [0, rows).
+void gather_rows(const PackedView& packed, const int64_t* indices, int64_t count, const TensorView& out,
+                 Executor& executor);
+
+// A matrix in a Format that owns its weights once: canonical or packed. Move-only.
+class QTensor {
+ public:
+  // Quantizes; shape is that of `weights`.
+  static QTensor quantize(const TensorView& weights, const Format& format, const QuantizeOptions& options = {},
+                          Executor& executor = default_executor());
+  // Takes canonical arrays by copy, for importers and readers.
+  static QTensor copy_of(const CanonicalView& matrix, std::vector<int64_t> shape);
+
+  const Format& format() const noexcept { return format_; }
+  const std::vector<int64_t>& shape() const noexcept { return shape_; }  // the last entry is cols
+  int64_t rows() const noexcept { return rows_; }
+  int64_t cols() const noexcept { return cols_; }
+  bool packed() const noexcept { return packed_; }
+  // Bytes that the canonical arrays take, whichever form the matrix is in.
+  int64_t nbytes() const;
+
+  // Throw InvalidArgument in the other form.
+  CanonicalView canonical_view() const;
+  PackedView packed_view() const;
+
+ private:
+  QTensor() = default;
+  friend QTensor pack(QTensor&& tensor, Executor& executor);
+  friend QTensor unpack(QTensor&& tensor, Executor& executor);
+
+  Format format_;
+  std::vector<int64_t> shape_;
+  int64_t rows_ = 0;
+  int64_t cols_ = 0;
+  bool packed_ = false;
+  Buffer storage_;  // canonical: codes, scales, zeros, global, each section padded to 64; packed: the block
+};
+
+// Change the form. A matrix that is already in it is returned as it is.
+QTensor pack(QTensor&& tensor, Executor& executor = default_executor());
+QTensor unpack(QTensor&& tensor, Executor& executor = default_executor());
+
+}  // namespace ng

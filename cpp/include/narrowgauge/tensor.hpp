@@ -1,0 +1,53 @@
+// TensorView: a borrowed, strided view of somebody's array in host memory.
+//
+// It does not own. Shapes and strides count elements. Negative strides are refused by every function here.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+
+#include "narrowgauge/dtype.hpp"
+
+namespace ng {
+
+inline constexpr int kMaxDims = 8;
+
+struct TensorView {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+  int ndim = 0;
+  std::array<int64_t, kMaxDims> shape{};
+  std::array<int64_t, kMaxDims> strides{};
+
+  TensorView() = default;
+  // A dense row-major view. pre: shape has at most kMaxDims entries.
+  TensorView(void* data, DType dtype, std::initializer_list<int64_t> shape);
+
+  int64_t numel() const noexcept;
+  int64_t bytes() const noexcept { return numel() * static_cast<int64_t>(dtype_bytes(dtype)); }
+  bool is_contiguous() const noexcept;
+  std::string shape_str() const;  // "[2, 3]"
+};
+
+// A tensor as a matrix: the last axis is the row, the leading axes are flattened. Rows are dense (their elements
+// adjacent) and `row_stride` elements apart. This is what kernels see.
+struct MatrixView {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t rows = 0;
+  int64_t cols = 0;
+  int64_t row_stride = 0;
+
+  template <typename T>
+  T* row(int64_t index) const noexcept {
+    return static_cast<T*>(data) + index * row_stride;
+  }
+};
+
+// Flattens `tensor`. Throws InvalidArgument, with `name` in the message, if it has no axes, null data with
+// elements, rows that are not dense, or leading axes that do not flatten to one stride.
+MatrixView as_matrix(const TensorView& tensor, const char* name);
+
+}  // namespace ng
