@@ -1,13 +1,99 @@
-/* The C interface: narrow matrices over opaque handles, for other languages and engines. */
+/* The C interface: narrow matrices behind opaque handles, for other languages and engines.
+ *
+ * It offers what quantize.hpp and linear.hpp do, in the same words. It is part of the static library; C programs
+ * link the C++ runtime too (CMake and pkg-config see to it).
+ *
+ * Errors: every function that can fail returns a status, or null where it returns a pointer; ng_last_error() then
+ * says what was wrong. Outputs are written on success only. Nothing is thrown.
+ * Ownership: the caller owns arrays, which are only borrowed during a call, and handles, which ng_qtensor_free()
+ * ends. Strings that are returned belong to the library or to the handle.
+ * Threads: any function may be called from any thread. A handle may be read by several threads at once;
+ * ng_pack(), ng_unpack() and ng_qtensor_free() want it for themselves.
+ */
 #ifndef NARROWGAUGE_NARROWGAUGE_H
 #define NARROWGAUGE_NARROWGAUGE_H
+
+#include <stddef.h>
+#include <stdint.h>
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-/* "major.minor.patch"; static storage. */
+typedef enum ng_status {
+  NG_OK = 0,
+  NG_INVALID_ARGUMENT = 1, /* wrong shape, dtype, value or name */
+  NG_OUT_OF_MEMORY = 2,
+  NG_SYSTEM_ERROR = 3, /* the operating system refused */
+  NG_FILE_CORRUPT = 4, /* a file is not what it claims to be */
+  NG_INTERNAL = 5      /* anything else: please report it */
+} ng_status;
+
+typedef enum ng_dtype { NG_F32 = 0, NG_F16 = 1, NG_BF16 = 2 } ng_dtype;
+
+/* A borrowed array in host memory. Shape and strides count elements; null strides mean dense row-major. */
+typedef struct ng_tensor {
+  void* data;
+  ng_dtype dtype;
+  int32_t ndim; /* 1 .. 8 */
+  const int64_t* shape;
+  const int64_t* strides;
+} ng_tensor;
+
+/* A matrix in a narrow format that owns its weights once: canonical, or packed for this CPU. */
+typedef struct ng_qtensor ng_qtensor;
+
+/* Zero-initialised, these are the defaults. Each is documented in quantize.hpp (QuantizeOptions). */
+typedef struct ng_quantize_options {
+  int32_t search_mse;   /* scale: least squared error over a small grid, instead of amax / largest code value */
+  int32_t nan_saturate; /* NaN and Inf in the input are replaced, instead of refused */
+  int32_t full_range;
+  int32_t e8m0_ceil;
+  int32_t stochastic;
+  uint64_t seed;
+} ng_quantize_options;
+
+/* "major.minor.patch". */
 const char* ng_version(void);
+
+/* The instruction set in use: "portable", "avx2" or "avx512". Null if NARROWGAUGE_ISA is wrong. */
+const char* ng_isa(void);
+
+/* What was wrong in the calling thread's last call that failed; "" if none has. Valid until its next failure. */
+const char* ng_last_error(void);
+
+/* Threads that run a call, the caller included. Applies to the whole process. */
+int32_t ng_threads(void);
+ng_status ng_set_threads(int32_t threads);
+
+/* weights [.., cols]; format as in format.hpp, such as "fp6_e2m3:g128:fp16" or "fp6"; options may be null. */
+ng_status ng_quantize(const ng_tensor* weights, const char* format, const ng_quantize_options* options,
+                      ng_qtensor** out);
+
+/* Takes canonical arrays by copy; their layout is in quantize.hpp. zeros and global_scale are null unless the format
+ * has them. */
+ng_status ng_qtensor_copy_of(const char* format, int32_t ndim, const int64_t* shape, const uint8_t* codes,
+                             const void* scales, const uint8_t* zeros, const float* global_scale, ng_qtensor** out);
+
+/* Null is allowed. */
+void ng_qtensor_free(ng_qtensor* tensor);
+
+/* Change the form in place; nothing happens if the matrix is in it already. On failure it stays as it was. */
+ng_status ng_pack(ng_qtensor* tensor);
+ng_status ng_unpack(ng_qtensor* tensor);
+int32_t ng_qtensor_is_packed(const ng_qtensor* tensor);
+
+/* The full format string; the shape (ng_qtensor_ndim entries); bytes of the canonical arrays. pre: not null. */
+const char* ng_qtensor_format(const ng_qtensor* tensor);
+int32_t ng_qtensor_ndim(const ng_qtensor* tensor);
+const int64_t* ng_qtensor_shape(const ng_qtensor* tensor);
+int64_t ng_qtensor_nbytes(const ng_qtensor* tensor);
+
+/* out [.., cols], of the matrix's rows and cols, in either form. */
+ng_status ng_dequantize(const ng_qtensor* tensor, const ng_tensor* out);
+
+/* y = x @ w.T + bias: x [.., K], packed weights [N, K], bias null or [N], y [.., N]. x and y must not overlap. */
+ng_status ng_linear(const ng_tensor* x, const ng_qtensor* weights, const ng_tensor* bias, const ng_tensor* y);
 
 #ifdef __cplusplus
 }

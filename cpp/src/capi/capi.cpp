@@ -1,4 +1,201 @@
-// The C interface, over the C++ one.
+// The C interface over the C++ one: it checks pointers, turns exceptions into statuses and does nothing else.
 #include "narrowgauge/narrowgauge.h"
 
-extern "C" const char* ng_version(void) { return NARROWGAUGE_VERSION; }
+#include <new>
+#include <numeric>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "narrowgauge/device.hpp"
+#include "narrowgauge/error.hpp"
+#include "narrowgauge/linear.hpp"
+#include "narrowgauge/quantize.hpp"
+
+static_assert(NG_F32 == static_cast<int>(ng::DType::f32));
+static_assert(NG_F16 == static_cast<int>(ng::DType::f16));
+static_assert(NG_BF16 == static_cast<int>(ng::DType::bf16));
+
+struct ng_qtensor {
+  explicit ng_qtensor(ng::QTensor&& matrix) : tensor(std::move(matrix)), format(tensor.format().str()) {}
+
+  ng::QTensor tensor;
+  std::string format;
+};
+
+namespace {
+
+using ng::InvalidArgument;
+
+std::string& last_error() noexcept {
+  thread_local std::string message;
+  return message;
+}
+
+// The message is lost, not the status, if there is no memory left for it.
+ng_status fail(ng_status status, const char* message) noexcept {
+  try {
+    last_error() = message;
+  } catch (...) {
+    last_error().clear();
+  }
+  return status;
+}
+
+template <typename Body>
+ng_status guarded(const Body& body) noexcept {
+  try {
+    body();
+    return NG_OK;
+  } catch (const InvalidArgument& error) {
+    return fail(NG_INVALID_ARGUMENT, error.what());
+  } catch (const ng::OutOfMemory& error) {
+    return fail(NG_OUT_OF_MEMORY, error.what());
+  } catch (const ng::SystemError& error) {
+    return fail(NG_SYSTEM_ERROR, error.what());
+  } catch (const ng::FileCorrupt& error) {
+    return fail(NG_FILE_CORRUPT, error.what());
+  } catch (const std::bad_alloc&) {
+    return fail(NG_OUT_OF_MEMORY, "out of memory");
+  } catch (const std::exception& error) {
+    return fail(NG_INTERNAL, error.what());
+  } catch (...) {
+    return fail(NG_INTERNAL, "unknown error");
+  }
+}
+
+template <typename T>
+T& checked(T* pointer, const char* name) {
+  NG_CHECK(pointer != nullptr, InvalidArgument, name, " is null");
+  return *pointer;
+}
+
+ng::TensorView view_of(const ng_tensor* tensor, const char* name) {
+  const ng_tensor& source = checked(tensor, name);
+  NG_CHECK(source.dtype == NG_F32 || source.dtype == NG_F16 || source.dtype == NG_BF16, InvalidArgument, name,
+           " has dtype ", static_cast<int>(source.dtype), "; expected NG_F32, NG_F16 or NG_BF16");
+  NG_CHECK(source.ndim >= 1 && source.ndim <= ng::kMaxDims, InvalidArgument, name, " has ", source.ndim,
+           " axes; expected 1 to ", ng::kMaxDims);
+  checked(source.shape, ng::concat(name, ".shape").c_str());
+  ng::TensorView view;
+  view.data = source.data;
+  view.dtype = static_cast<ng::DType>(source.dtype);
+  view.ndim = source.ndim;
+  int64_t dense = 1;
+  for (int axis = view.ndim - 1; axis >= 0; --axis) {
+    const auto i = static_cast<size_t>(axis);
+    NG_CHECK(source.shape[axis] >= 0, InvalidArgument, name, " has the negative size ", source.shape[axis], " on axis ",
+             axis);
+    view.shape[i] = source.shape[axis];
+    view.strides[i] = source.strides != nullptr ? source.strides[axis] : dense;
+    NG_CHECK(!__builtin_mul_overflow(dense, source.shape[axis], &dense), InvalidArgument, name,
+             " has more elements than an int64 counts");
+  }
+  return view;
+}
+
+ng::QuantizeOptions options_of(const ng_quantize_options* options) {
+  if (options == nullptr) return {};
+  return {.search = options->search_mse != 0 ? ng::ScaleSearch::mse : ng::ScaleSearch::absmax,
+          .nan = options->nan_saturate != 0 ? ng::NanPolicy::saturate : ng::NanPolicy::error,
+          .full_range = options->full_range != 0,
+          .e8m0_ceil = options->e8m0_ceil != 0,
+          .stochastic = options->stochastic != 0,
+          .seed = options->seed};
+}
+
+}  // namespace
+
+const char* ng_version(void) { return NARROWGAUGE_VERSION; }
+
+const char* ng_isa(void) {
+  const char* name = nullptr;
+  (void)guarded([&] { name = ng::isa_name(ng::isa()).data(); });  // names are literals: terminated
+  return name;
+}
+
+const char* ng_last_error(void) { return last_error().c_str(); }
+
+int32_t ng_threads(void) { return ng::default_executor().threads(); }
+
+ng_status ng_set_threads(int32_t threads) {
+  return guarded([&] { ng::default_executor().set_threads(threads); });
+}
+
+ng_status ng_quantize(const ng_tensor* weights, const char* format, const ng_quantize_options* options,
+                      ng_qtensor** out) {
+  return guarded([&] {
+    checked(out, "out");
+    const auto parsed = ng::Format::parse(&checked(format, "format"));
+    *out = new ng_qtensor(ng::QTensor::quantize(view_of(weights, "weights"), parsed, options_of(options)));
+  });
+}
+
+ng_status ng_qtensor_copy_of(const char* format, int32_t ndim, const int64_t* shape, const uint8_t* codes,
+                             const void* scales, const uint8_t* zeros, const float* global_scale, ng_qtensor** out) {
+  return guarded([&] {
+    checked(out, "out");
+    NG_CHECK(ndim >= 1 && ndim <= ng::kMaxDims, InvalidArgument, "ndim is ", ndim, "; expected 1 to ", ng::kMaxDims);
+    std::vector<int64_t> sizes(&checked(shape, "shape"), shape + ndim);
+    ng::CanonicalView view;
+    view.format = ng::Format::parse(&checked(format, "format"));
+    view.cols = sizes.back();
+    view.rows = 1;
+    for (int axis = 0; axis + 1 < ndim; ++axis) {
+      NG_CHECK(shape[axis] >= 0 && !__builtin_mul_overflow(view.rows, shape[axis], &view.rows), InvalidArgument,
+               "shape has the size ", shape[axis], " on axis ", axis, ": negative, or too many rows for an int64");
+    }
+    // CanonicalView has no const twin; copy_of only reads.
+    view.codes = const_cast<uint8_t*>(codes);
+    view.scales = const_cast<void*>(scales);
+    view.zeros = const_cast<uint8_t*>(zeros);
+    view.global_scale = const_cast<float*>(global_scale);
+    *out = new ng_qtensor(ng::QTensor::copy_of(view, std::move(sizes)));
+  });
+}
+
+void ng_qtensor_free(ng_qtensor* tensor) { delete tensor; }
+
+ng_status ng_pack(ng_qtensor* tensor) {
+  return guarded([&] { checked(tensor, "tensor").tensor = ng::pack(std::move(tensor->tensor)); });
+}
+
+ng_status ng_unpack(ng_qtensor* tensor) {
+  return guarded([&] { checked(tensor, "tensor").tensor = ng::unpack(std::move(tensor->tensor)); });
+}
+
+int32_t ng_qtensor_is_packed(const ng_qtensor* tensor) { return tensor->tensor.packed() ? 1 : 0; }
+
+const char* ng_qtensor_format(const ng_qtensor* tensor) { return tensor->format.c_str(); }
+
+int32_t ng_qtensor_ndim(const ng_qtensor* tensor) { return static_cast<int32_t>(tensor->tensor.shape().size()); }
+
+const int64_t* ng_qtensor_shape(const ng_qtensor* tensor) { return tensor->tensor.shape().data(); }
+
+int64_t ng_qtensor_nbytes(const ng_qtensor* tensor) { return tensor->tensor.nbytes(); }
+
+ng_status ng_dequantize(const ng_qtensor* tensor, const ng_tensor* out) {
+  return guarded([&] {
+    const ng::QTensor& matrix = checked(tensor, "tensor").tensor;
+    const ng::TensorView target = view_of(out, "out");
+    if (!matrix.packed()) {
+      ng::dequantize(matrix.canonical_view(), target, ng::default_executor());
+      return;
+    }
+    std::vector<int64_t> rows(static_cast<size_t>(matrix.rows()));
+    std::iota(rows.begin(), rows.end(), int64_t{0});
+    ng::gather_rows(matrix.packed_view(), rows.data(), matrix.rows(), target, ng::default_executor());
+  });
+}
+
+ng_status ng_linear(const ng_tensor* x, const ng_qtensor* weights, const ng_tensor* bias, const ng_tensor* y) {
+  return guarded([&] {
+    const ng::TensorView input = view_of(x, "x");
+    const ng::TensorView output = view_of(y, "y");
+    const ng::PackedView packed = checked(weights, "weights").tensor.packed_view();
+    std::optional<ng::TensorView> bias_view;
+    if (bias != nullptr) bias_view = view_of(bias, "bias");
+    ng::linear(input, packed, bias_view ? &*bias_view : nullptr, output, ng::default_executor());
+  });
+}
