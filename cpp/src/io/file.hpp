@@ -1,0 +1,66 @@
+// Files as the io room uses them: an owned descriptor, whole reads, and a file that is replaced all at once.
+//
+// Errors of the operating system are SystemError with the path and errno. Not buffered, not direct I/O.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <utility>
+
+namespace ng {
+
+// Throws SystemError: "cannot <action> <path>: <what errno means>".
+[[noreturn]] void throw_system_error(int errno_value, const char* action, const std::string& path);
+
+// Owns a descriptor; -1 is none. Move-only.
+class FileDescriptor {
+ public:
+  FileDescriptor() = default;
+  explicit FileDescriptor(int fd) noexcept : fd_(fd) {}
+  ~FileDescriptor() { close(); }
+  FileDescriptor(FileDescriptor&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
+  FileDescriptor& operator=(FileDescriptor&& other) noexcept {
+    std::swap(fd_, other.fd_);
+    return *this;
+  }
+
+  int get() const noexcept { return fd_; }
+  // Returns 0 or errno: some file systems report a failed write only here.
+  int close() noexcept;
+
+ private:
+  int fd_ = -1;
+};
+
+// Reads until `out` is full or the file ends; returns the bytes read.
+size_t read_at(const FileDescriptor& file, std::span<std::byte> out, uint64_t offset, const std::string& path);
+
+// A regular file that appears under its name complete or not at all. Bytes go to a temporary file beside it, named
+// `.narrowgauge-<random>.tmp`; commit() makes them durable and renames. Destruction without commit() removes the
+// temporary file and leaves `path` as it was. A new file's mode follows the umask, a replaced one's is kept. If `path`
+// is a symbolic link, the file that it leads to is replaced and the link stays. Not thread-safe.
+class AtomicFile {
+ public:
+  // Throws SystemError if the directory cannot be written, `path` is a directory or a link that leads nowhere;
+  // InvalidArgument if it is another thing that is not a regular file, such as a device.
+  explicit AtomicFile(const std::string& path);
+  ~AtomicFile();
+  AtomicFile(const AtomicFile&) = delete;
+  AtomicFile& operator=(const AtomicFile&) = delete;
+
+  void write(std::span<const std::byte> bytes);
+
+  // fsync, close, rename, fsync of the directory. Only the last can fail after `path` was replaced; its error says so.
+  void commit();
+
+ private:
+  std::string path_;  // as given, for messages
+  std::string name_;  // within the directory
+  std::string temporary_;
+  FileDescriptor directory_;
+  FileDescriptor file_;
+};
+
+}  // namespace ng
