@@ -1,0 +1,44 @@
+// The extension module _native: its parts, and the mapping of ng's errors to Python's.
+#include "bindings.hpp"
+#include "narrowgauge/error.hpp"
+
+namespace ng::python {
+namespace {
+
+// The classes live in narrowgauge.errors, so that they pickle and have docstrings; looked up only when thrown.
+void set_error(const char* class_name, const char* message) {
+  nb::object type = nb::module_::import_("narrowgauge.errors").attr(class_name);
+  PyErr_SetString(type.ptr(), message);
+}
+
+void translate(const std::exception_ptr& pointer, void*) {
+  try {
+    std::rethrow_exception(pointer);
+  } catch (const InvalidArgument& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+  } catch (const OutOfMemory& error) {
+    PyErr_SetString(PyExc_MemoryError, error.what());
+  } catch (const SystemError& error) {
+    // OSError picks its subclass by errno only when it is called with both.
+    nb::object instance = nb::handle(PyExc_OSError)(error.errno_value(), error.what());
+    PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(instance.ptr())), instance.ptr());
+  } catch (const FileCorrupt& error) {
+    set_error("FileCorrupt", error.what());
+  } catch (const Error& error) {
+    set_error("Error", error.what());
+  }
+}
+
+}  // namespace
+}  // namespace ng::python
+
+NB_MODULE(_native, module) {
+  using namespace ng::python;
+  nanobind::register_exception_translator(translate);
+  module.attr("__version__") = NARROWGAUGE_VERSION;
+  bind_format(module);
+  bind_quantize(module);
+  bind_linear(module);
+  bind_device(module);
+  bind_io(module);
+}

@@ -1,0 +1,147 @@
+// Binds narrowgauge/quantize.hpp over arrays that the caller made.
+#include "narrowgauge/quantize.hpp"
+
+#include <nanobind/stl/string_view.h>
+
+#include <optional>
+
+#include "bindings.hpp"
+#include "packed.hpp"
+
+namespace ng::python {
+namespace {
+
+using namespace nb::literals;
+
+// A canonical matrix in Python arrays, borrowed for one call.
+class BorrowedCanonical {
+ public:
+  BorrowedCanonical(const Format& format, int64_t rows, int64_t cols, nb::handle codes, nb::handle scales,
+                    nb::handle zeros, nb::handle global_scale, Access access)
+      : codes_(codes, "codes", access), scales_(scales, "scales", access) {
+    const CanonicalBytes bytes = canonical_bytes(format, rows, cols);
+    view_ = {.format = format, .rows = rows, .cols = cols};
+    view_.codes = dense_bytes(codes_.view(), "codes", bytes.codes);
+    view_.scales = dense_bytes(scales_.view(), "scales", bytes.scales);
+    NG_CHECK(reinterpret_cast<uintptr_t>(view_.scales) % scale_bytes(format.scale) == 0, InvalidArgument,
+             "scales are not aligned to their type, ", scale_bytes(format.scale), " bytes");
+    view_.zeros = optional(zeros_, zeros, "zeros", format.element.has_zero_point(), bytes.zeros, access);
+    view_.global_scale = reinterpret_cast<float*>(
+        optional(global_scale_, global_scale, "global_scale", format.has_global_scale(), bytes.global_scale, access));
+  }
+
+  const CanonicalView& view() const noexcept { return view_; }
+
+ private:
+  static uint8_t* optional(std::optional<BorrowedTensor>& borrowed, nb::handle array, const char* name, bool expected,
+                           int64_t bytes, Access access) {
+    NG_CHECK(array.is_none() != expected, InvalidArgument, name, expected ? " is missing" : " is given",
+             ", but the format has ", expected ? "one" : "none");
+    if (!expected) return nullptr;
+    return dense_bytes(borrowed.emplace(array, name, access).view(), name, bytes);
+  }
+
+  BorrowedTensor codes_;
+  BorrowedTensor scales_;
+  std::optional<BorrowedTensor> zeros_;
+  std::optional<BorrowedTensor> global_scale_;
+  CanonicalView view_;
+};
+
+// The choice whose name is `text`; InvalidArgument naming both otherwise.
+template <typename Choice>
+Choice choose(std::string_view text, const char* name, std::string_view first, Choice if_first, std::string_view second,
+              Choice if_second) {
+  NG_CHECK(text == first || text == second, InvalidArgument, name, " is '", text, "', expected '", first, "' or '",
+           second, "'");
+  return text == first ? if_first : if_second;
+}
+
+void quantize_into(nb::handle weights, const Format& format, int64_t rows, int64_t cols, nb::handle codes,
+                   nb::handle scales, nb::handle zeros, nb::handle global_scale, std::string_view search,
+                   std::string_view nan, bool stochastic, uint64_t seed, bool full_range, bool e8m0_ceil) {
+  const QuantizeOptions options{
+      .search = choose(search, "search", "absmax", ScaleSearch::absmax, "mse", ScaleSearch::mse),
+      .nan = choose(nan, "nan", "error", NanPolicy::error, "saturate", NanPolicy::saturate),
+      .full_range = full_range,
+      .e8m0_ceil = e8m0_ceil,
+      .stochastic = stochastic,
+      .seed = seed};
+  const BorrowedTensor input(weights, "weights");
+  require_float(input.view(), "weights");
+  const BorrowedCanonical out(format, rows, cols, codes, scales, zeros, global_scale, Access::write);
+  const nb::gil_scoped_release release;
+  quantize(input.view(), out.view(), options, default_executor());
+}
+
+void dequantize_into(const Format& format, int64_t rows, int64_t cols, nb::handle codes, nb::handle scales,
+                     nb::handle zeros, nb::handle global_scale, nb::handle out) {
+  const BorrowedCanonical matrix(format, rows, cols, codes, scales, zeros, global_scale, Access::read);
+  const BorrowedTensor output(out, "out", Access::write);
+  require_float(output.view(), "out");
+  const nb::gil_scoped_release release;
+  dequantize(matrix.view(), output.view(), default_executor());
+}
+
+PackedMatrix pack_into(const Format& format, int64_t rows, int64_t cols, nb::handle codes, nb::handle scales,
+                       nb::handle zeros, nb::handle global_scale, nb::object packed) {
+  const BorrowedCanonical matrix(format, rows, cols, codes, scales, zeros, global_scale, Access::read);
+  PackedMatrix result(packed, format, rows, cols);
+  const BorrowedTensor output(packed, "packed", Access::write);
+  auto* data = const_cast<uint8_t*>(result.view(output).data);
+  const nb::gil_scoped_release release;
+  pack(matrix.view(), data, default_executor());
+  return result;
+}
+
+void unpack_into(const PackedMatrix& matrix, nb::handle codes, nb::handle scales, nb::handle zeros,
+                 nb::handle global_scale) {
+  const BorrowedTensor packed(matrix.array(), "packed");
+  const BorrowedCanonical out(matrix.format(), matrix.rows(), matrix.cols(), codes, scales, zeros, global_scale,
+                              Access::write);
+  const nb::gil_scoped_release release;
+  unpack(matrix.view(packed), out.view(), default_executor());
+}
+
+void gather_rows_into(const PackedMatrix& matrix, nb::handle indices, nb::handle out) {
+  const BorrowedTensor packed(matrix.array(), "packed");
+  const BorrowedTensor index(indices, "indices");
+  NG_CHECK(index->dtype == DType::i64, InvalidArgument, "indices have dtype ", dtype_name(index->dtype),
+           ", expected int64");
+  NG_CHECK(index->is_contiguous(), InvalidArgument, "indices are not contiguous");
+  const BorrowedTensor output(out, "out", Access::write);
+  require_float(output.view(), "out");
+  const nb::gil_scoped_release release;
+  gather_rows(matrix.view(packed), static_cast<const int64_t*>(index->data), index->numel(), output.view(),
+              default_executor());
+}
+
+}  // namespace
+
+void bind_quantize(nb::module_& module) {
+  nb::class_<PackedMatrix>(module, "PackedMatrix", nb::is_final(),
+                           "A packed block in a u8 array aligned to 64 bytes, with its format and size.")
+      .def(nb::init<nb::object, const Format&, int64_t, int64_t>(), "array"_a, "format"_a, "rows"_a, "cols"_a)
+      .def_prop_ro("array", &PackedMatrix::array)
+      .def_prop_ro("format", &PackedMatrix::format)
+      .def_prop_ro("rows", &PackedMatrix::rows)
+      .def_prop_ro("cols", &PackedMatrix::cols);
+
+  module.def("canonical_bytes", [](const Format& format, int64_t rows, int64_t cols) {
+    const CanonicalBytes bytes = canonical_bytes(format, rows, cols);
+    return nb::make_tuple(bytes.codes, bytes.scales, bytes.zeros, bytes.global_scale);
+  }, "format"_a, "rows"_a, "cols"_a, "Bytes of (codes, scales, zeros, global_scale).");
+  module.def("packed_bytes", &packed_bytes, "format"_a, "rows"_a, "cols"_a);
+
+  module.def("quantize", &quantize_into, "weights"_a, "format"_a, "rows"_a, "cols"_a, "codes"_a, "scales"_a,
+             "zeros"_a.none(), "global_scale"_a.none(), "search"_a, "nan"_a, "stochastic"_a, "seed"_a, "full_range"_a,
+             "e8m0_ceil"_a);
+  module.def("dequantize", &dequantize_into, "format"_a, "rows"_a, "cols"_a, "codes"_a, "scales"_a, "zeros"_a.none(),
+             "global_scale"_a.none(), "out"_a);
+  module.def("pack", &pack_into, "format"_a, "rows"_a, "cols"_a, "codes"_a, "scales"_a, "zeros"_a.none(),
+             "global_scale"_a.none(), "packed"_a);
+  module.def("unpack", &unpack_into, "matrix"_a, "codes"_a, "scales"_a, "zeros"_a.none(), "global_scale"_a.none());
+  module.def("gather_rows", &gather_rows_into, "matrix"_a, "indices"_a, "out"_a);
+}
+
+}  // namespace ng::python
