@@ -11,7 +11,7 @@ import pytest
 SOURCES = Path(__file__).parents[1] / "embed"
 
 
-def run(*command: "str | Path", **environment: str) -> str:
+def run(*command: str | Path, **environment: str) -> str:
     result = subprocess.run(
         [str(part) for part in command], env=os.environ | environment, capture_output=True, text=True, timeout=300
     )
@@ -40,7 +40,8 @@ def test_cmake_package(tmp_path: Path) -> None:
 def test_pkg_config(tmp_path: Path) -> None:
     flags = run("pkg-config", "--cflags", "--libs", "narrowgauge", PKG_CONFIG_PATH=package_path("--pkg-config-dir"))
     program = tmp_path / "consumer_c"
-    run(os.environ.get("CC", "cc"), "-std=c99", "-Wall", "-Werror", SOURCES / "consumer.c", "-o", program, *flags.split())
+    compiler = os.environ.get("CC", "cc")
+    run(compiler, "-std=c99", "-Wall", "-Werror", SOURCES / "consumer.c", "-o", program, *flags.split())
     check_output(run(program), "C")
 
 

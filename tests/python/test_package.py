@@ -19,7 +19,7 @@ def native_path() -> Path:
     return Path(spec.origin)
 
 
-def binutil(name: str, *arguments: "str | Path") -> str:
+def binutil(name: str, *arguments: str | Path) -> str:
     if shutil.which(name) is None:
         pytest.skip(f"{name} is not installed")
     return subprocess.run([name, *map(str, arguments)], check=True, capture_output=True, text=True).stdout
@@ -35,8 +35,8 @@ def test_module_exports_its_init_function_only() -> None:
     lines = binutil("nm", "-D", "--defined-only", "-C", native_path()).splitlines()
     symbols = {line.split(maxsplit=2)[2] for line in lines}
     # nanobind throws these across modules, so their type information has to be shared.
-    ours = {symbol for symbol in symbols if not re.fullmatch(r"(typeinfo|typeinfo name|vtable) for nanobind::.*", symbol)}
-    assert ours == {"PyInit__native"}
+    shared = r"(typeinfo|typeinfo name|vtable) for nanobind::.*"
+    assert {symbol for symbol in symbols if not re.fullmatch(shared, symbol)} == {"PyInit__native"}
 
 
 def test_module_links_only_the_system() -> None:
