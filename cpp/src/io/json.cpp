@@ -80,7 +80,7 @@ std::string json_quote(std::string_view text) {
   return out += '"';
 }
 
-std::string quoted(std::string_view text) {
+std::string printable(std::string_view text) {
   std::string out = "\"";
   size_t position = 0;
   while (position < std::min(text.size(), kQuotedBytes)) {
@@ -209,7 +209,7 @@ JsonNumber JsonReader::number() {
   int64_t integer = 0;
   if (integral && std::from_chars(out.text.data(), last, integer).ec == std::errc()) out.integer = integer;
   if (std::from_chars(out.text.data(), last, out.real).ec != std::errc()) {
-    fail("number " + quoted(out.text) + " is outside the range of a double");
+    fail("number " + printable(out.text) + " is outside the range of a double");
   }
   return out;
 }
@@ -296,7 +296,7 @@ void JsonReader::fail_expected(const char* what) const {
   const bool at_end = position_ == text_.size();
   const size_t length = at_end ? 0 : std::max<size_t>(utf8_length(text_.substr(position_)), 1);
   fail_at(position_, concat("expected ", what, ", found ",
-                            at_end ? "the end of the text" : quoted(text_.substr(position_, length))));
+                            at_end ? "the end of the text" : printable(text_.substr(position_, length))));
 }
 
 void JsonReader::fail_at(size_t position, const std::string& message) const {

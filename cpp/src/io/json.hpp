@@ -24,7 +24,7 @@ struct JsonNumber {
 };
 
 // The text in double quotes for a message: control and non-UTF-8 bytes as \xNN, cut after 64 bytes.
-std::string quoted(std::string_view text);
+std::string printable(std::string_view text);
 
 // Reads one document from `text`, which must outlive it. Each call reads the next value, which must be of that type.
 // Every error is a FileCorrupt with `source` (such as the file's path) and the byte offset. Not thread-safe.
@@ -43,7 +43,7 @@ class JsonReader {
     std::set<std::string> keys;  // ordered, so that no choice of keys makes it quadratic
     for (bool first = true; more('}', first); first = false) {
       const auto [key, added] = keys.insert(string());
-      if (!added) fail("key " + quoted(*key) + " occurs twice");
+      if (!added) fail("key " + printable(*key) + " occurs twice");
       expect(':', "':'");
       member(*key);
     }

@@ -51,7 +51,7 @@ std::string shape_str(const std::vector<int64_t>& shape) {
 // Why dtype and shape do not describe `bytes` bytes; empty if they do.
 std::string size_mismatch(const std::string& dtype, const std::vector<int64_t>& shape, uint64_t bytes) {
   const uint64_t width = dtype_bits(dtype);
-  if (width == 0) return concat("has unknown dtype ", quoted(dtype), "; the dtypes are ", dtype_names());
+  if (width == 0) return concat("has unknown dtype ", printable(dtype), "; the dtypes are ", dtype_names());
   // Axes of length 0 do not excuse the others: strides are products of them too.
   uint64_t bits = width;
   bool empty = false;
@@ -81,7 +81,7 @@ std::vector<int64_t> read_lengths(JsonReader& json) {
   json.array([&] {
     const JsonNumber number = json.number();
     if (!number.integer || *number.integer < 0) {
-      json.fail(concat("expected an integer in [0, 2^63), found ", quoted(number.text)));
+      json.fail(concat("expected an integer in [0, 2^63), found ", printable(number.text)));
     }
     out.push_back(*number.integer);
   });
@@ -104,18 +104,18 @@ Entry read_entry(JsonReader& json, const std::string& name) {
     }
   });
   const auto require = [&](bool present, const char* key) {
-    if (!present) json.fail(concat("tensor ", quoted(name), " has no ", key));
+    if (!present) json.fail(concat("tensor ", printable(name), " has no ", key));
   };
   require(dtype.has_value(), "dtype");
   require(shape.has_value(), "shape");
   require(offsets.has_value(), "data_offsets");
   if (offsets->size() != 2 || (*offsets)[0] > (*offsets)[1]) {
-    json.fail(concat("tensor ", quoted(name), " has data_offsets ", shape_str(*offsets), "; expected [begin, end]"));
+    json.fail(concat("tensor ", printable(name), " has data_offsets ", shape_str(*offsets), "; expected [begin, end]"));
   }
   const auto begin = static_cast<uint64_t>((*offsets)[0]);
   const auto end = static_cast<uint64_t>((*offsets)[1]);
   const std::string mismatch = size_mismatch(*dtype, *shape, end - begin);
-  if (!mismatch.empty()) json.fail(concat("tensor ", quoted(name), " ", mismatch));
+  if (!mismatch.empty()) json.fail(concat("tensor ", printable(name), " ", mismatch));
   return {{name, std::move(*dtype), std::move(*shape), {}}, begin, end};
 }
 
@@ -143,10 +143,11 @@ SafetensorsHeader parse_safetensors_header(std::string_view json_text, std::span
   uint64_t position = 0;
   out.tensors.reserve(entries.size());
   for (Entry& entry : entries) {
-    NG_CHECK(entry.begin == position, FileCorrupt, path, ": tensor ", quoted(entry.tensor.name),
+    NG_CHECK(entry.begin == position, FileCorrupt, path, ": tensor ", printable(entry.tensor.name),
              " begins at data byte ", entry.begin, "; expected ", position, ", the end of the one before");
-    NG_CHECK(entry.end <= data.size(), FileCorrupt, path, ": tensor ", quoted(entry.tensor.name), " ends at data byte ",
-             entry.end, ", but the file has ", data.size(), " data bytes: it is truncated or altered");
+    NG_CHECK(entry.end <= data.size(), FileCorrupt, path, ": tensor ", printable(entry.tensor.name),
+             " ends at data byte ", entry.end, ", but the file has ", data.size(),
+             " data bytes: it is truncated or altered");
     entry.tensor.bytes = data.subspan(entry.begin, entry.end - entry.begin);
     position = entry.end;
     out.tensors.push_back(std::move(entry.tensor));
@@ -160,11 +161,11 @@ std::string make_safetensors_header(std::vector<FileTensor>& tensors,
                                     const std::map<std::string, std::string>& metadata) {
   std::set<std::string_view> names;
   for (const FileTensor& tensor : tensors) {
-    NG_CHECK(is_utf8(tensor.name), InvalidArgument, "tensor name ", quoted(tensor.name), " is not UTF-8");
+    NG_CHECK(is_utf8(tensor.name), InvalidArgument, "tensor name ", printable(tensor.name), " is not UTF-8");
     NG_CHECK(tensor.name != kMetadataKey, InvalidArgument, "tensor name ", kMetadataKey, " is taken by the format");
-    NG_CHECK(names.insert(tensor.name).second, InvalidArgument, "two tensors are named ", quoted(tensor.name));
+    NG_CHECK(names.insert(tensor.name).second, InvalidArgument, "two tensors are named ", printable(tensor.name));
     const std::string mismatch = size_mismatch(tensor.dtype, tensor.shape, tensor.bytes.size());
-    NG_CHECK(mismatch.empty(), InvalidArgument, "tensor ", quoted(tensor.name), " ", mismatch);
+    NG_CHECK(mismatch.empty(), InvalidArgument, "tensor ", printable(tensor.name), " ", mismatch);
   }
   std::stable_sort(tensors.begin(), tensors.end(),
                    [](const FileTensor& a, const FileTensor& b) { return dtype_bits(a.dtype) > dtype_bits(b.dtype); });
@@ -178,7 +179,7 @@ std::string make_safetensors_header(std::vector<FileTensor>& tensors,
     key(kMetadataKey);
     json += '{';
     for (const auto& [name, value] : metadata) {
-      NG_CHECK(is_utf8(name) && is_utf8(value), InvalidArgument, "metadata ", quoted(name), ": ", quoted(value),
+      NG_CHECK(is_utf8(name) && is_utf8(value), InvalidArgument, "metadata ", printable(name), ": ", printable(value),
                " is not UTF-8");
       key(name);
       json += json_quote(value);

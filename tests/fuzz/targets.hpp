@@ -1,0 +1,89 @@
+// What a fuzzer checks of one input, shared by the libFuzzer programs here and the fixed mutations in tests/cpp/io.
+//
+// An input is either refused with FileCorrupt or read; whatever is read must keep what the readers promise. A broken
+// promise aborts, so that every driver notices.
+#pragma once
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <set>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "io/json.hpp"
+#include "io/safetensors_header.hpp"
+#include "narrowgauge/error.hpp"
+
+#define NG_FUZZ_CHECK(condition)                                                   \
+  do {                                                                             \
+    if (!(condition)) {                                                            \
+      std::fprintf(stderr, "%s:%d: broken: %s\n", __FILE__, __LINE__, #condition); \
+      std::abort();                                                                \
+    }                                                                              \
+  } while (false)
+
+namespace ng::fuzz {
+
+// Returns whether the text was read.
+inline bool json(std::string_view text) {
+  try {
+    JsonReader reader(text, "fuzz");
+    reader.skip();
+    reader.end();
+  } catch (const FileCorrupt&) {
+    return false;
+  }
+  NG_FUZZ_CHECK(is_utf8(text));
+  return true;
+}
+
+// The input is the JSON header, a NUL byte and the data; returns whether it was read.
+inline bool safetensors(std::string_view input) {
+  const size_t split = std::min(input.find('\0'), input.size());
+  const std::string_view text = input.substr(0, split);
+  const auto data = std::as_bytes(std::span(input.substr(std::min(split + 1, input.size()))));
+  SafetensorsHeader header;
+  try {
+    header = parse_safetensors_header(text, data, "fuzz");
+  } catch (const FileCorrupt&) {
+    return false;
+  }
+  NG_FUZZ_CHECK(json(text));
+
+  std::set<std::string> names;
+  const std::byte* next = data.data();
+  for (const FileTensor& tensor : header.tensors) {
+    NG_FUZZ_CHECK(names.insert(tensor.name).second);
+    NG_FUZZ_CHECK(tensor.bytes.data() == next);
+    next += tensor.bytes.size();
+    for (const int64_t length : tensor.shape) NG_FUZZ_CHECK(length >= 0);
+  }
+  NG_FUZZ_CHECK(next == data.data() + data.size());
+
+  // What was read can be written, and what is written reads back the same.
+  std::vector<FileTensor> tensors = header.tensors;
+  const std::string made = make_safetensors_header(tensors, header.metadata);
+  NG_FUZZ_CHECK(made.size() % 64 == 0);
+  std::string packed;
+  for (const FileTensor& tensor : tensors) {
+    packed.append(reinterpret_cast<const char*>(tensor.bytes.data()), tensor.bytes.size());
+  }
+  const SafetensorsHeader again =
+      parse_safetensors_header(std::string_view(made).substr(8), std::as_bytes(std::span(packed)), "fuzz");
+  NG_FUZZ_CHECK(again.metadata == header.metadata);
+  NG_FUZZ_CHECK(again.tensors.size() == tensors.size());
+  for (const FileTensor& tensor : again.tensors) {
+    bool found = false;
+    for (const FileTensor& other : tensors) {
+      found |= tensor.name == other.name && tensor.dtype == other.dtype && tensor.shape == other.shape &&
+               std::equal(tensor.bytes.begin(), tensor.bytes.end(), other.bytes.begin(), other.bytes.end());
+    }
+    NG_FUZZ_CHECK(found);
+  }
+  return true;
+}
+
+}  // namespace ng::fuzz
