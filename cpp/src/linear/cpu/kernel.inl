@@ -1,0 +1,294 @@
+// The linear kernels, written once over a vector of 16 floats and a decoder. portable.cpp, avx2.cpp and avx512.cpp
+// define, in an unnamed namespace, and then include this file:
+//
+//   V16                       16 floats: load, store, set1, add, mul, sub, fma(a, b, c) = a * b + c
+//   load_f16(p)               16 halves as floats;  store_f16(p, v) rounds to nearest even
+//   kDirectRows               the most rows of x in a direct kernel's registers: 4 or 8
+//   kTileRows, kPanelBlocks   shape of the register tile of multiply_panel
+//   a decoder D               D(tables); template <int Q> void decode(const uint8_t* unit, V16 out[4]) const:
+//                             columns 4Q .. 4Q + 3 of a unit, 16 rows each, exact in float;
+//                             D::kUnsigned: it serves elements with a zero point
+//   find_decoder(tables, use) calls use(Tag<D>) for the element
+//
+// Rounding: a sum of up to 16 K-steps runs in one accumulator (fewer where rows of x are few and several accumulators
+// hide the latency), is multiplied by the group's scale and added to the total in one fma. That gives the bound of
+// linear.hpp: at most 16 + K/16 roundings reach any term.
+
+V16 load_scales(const Weights& w, int64_t block, int64_t group) {
+  const int64_t at = (block * w.groups + group) * 16;
+  V16 scale = set1(0.0f);
+  switch (w.scale) {
+    case Scale::fp32:
+      scale = load(static_cast<const float*>(w.scales) + at);
+      break;
+    case Scale::fp16:
+      scale = load_f16(static_cast<const uint16_t*>(w.scales) + at);
+      break;
+    case Scale::bf16: {
+      scale = load_bf16(static_cast<const uint16_t*>(w.scales) + at);
+      break;
+    }
+    case Scale::e8m0: {
+      // Exponent 0 is 2^-127, a float subnormal; 255 is NaN.
+      const uint8_t* codes = static_cast<const uint8_t*>(w.scales) + at;
+      alignas(64) uint32_t bits[16];
+      for (int i = 0; i < 16; ++i) {
+        const uint32_t shifted = static_cast<uint32_t>(codes[i]) << 23;
+        bits[i] = codes[i] == 0 ? 0x00400000u : codes[i] == 255 ? 0x7fc00000u : shifted;
+      }
+      scale = load_bits(bits);
+      break;
+    }
+    case Scale::e4m3: {
+      // As halves with the exponent bias of 15 instead of 7: 2^-8 of the value.
+      const uint8_t* codes = static_cast<const uint8_t*>(w.scales) + at;
+      alignas(32) uint16_t halves[16];
+      for (int i = 0; i < 16; ++i) {
+        const unsigned magnitude = codes[i] & 0x7fu;
+        const unsigned half = magnitude == 0x7fu ? 0x7fffu : magnitude << 7;
+        halves[i] = static_cast<uint16_t>(((codes[i] & 0x80u) << 8) | half);
+      }
+      scale = mul(load_f16(halves), set1(0x1p8f));
+      scale = mul(scale, set1(w.global_scale));
+      break;
+    }
+  }
+  return scale;
+}
+
+V16 load_zeros(const Weights& w, int64_t block, int64_t group) {
+  const uint8_t* zeros = w.zeros + (block * w.groups + group) * 16;
+  alignas(64) float values[16];
+  for (int i = 0; i < 16; ++i) values[i] = static_cast<float>(zeros[i]);
+  return load(values);
+}
+
+void store_columns(const float* sums, const Output& out, int64_t row, int64_t col) {
+  V16 value = load(sums);
+  if (out.bias != nullptr) value = add(value, load(out.bias + col));
+  const int64_t valid = out.cols - col < 16 ? out.cols - col : 16;
+  const int64_t at = row * out.row_stride + col;
+  alignas(64) float wide[16];
+  alignas(32) uint16_t narrow[16];
+  switch (out.type) {
+    case Real::f32:
+      if (valid == 16) {
+        store(static_cast<float*>(out.data) + at, value);
+      } else {
+        store(wide, value);
+        for (int64_t i = 0; i < valid; ++i) static_cast<float*>(out.data)[at + i] = wide[i];
+      }
+      return;
+    case Real::f16:
+      store_f16(narrow, value);
+      break;
+    case Real::bf16:
+      store_bf16(narrow, value);
+      break;
+  }
+  for (int64_t i = 0; i < valid; ++i) static_cast<uint16_t*>(out.data)[at + i] = narrow[i];
+}
+
+void load_row(const void* row, Real type, int64_t count, float* out) {
+  int64_t i = 0;
+  switch (type) {
+    case Real::f32:
+      for (; i < count; ++i) out[i] = static_cast<const float*>(row)[i];
+      return;
+    case Real::f16:
+      for (; i + 16 <= count; i += 16) store(out + i, load_f16(static_cast<const uint16_t*>(row) + i));
+      break;
+    case Real::bf16:
+      for (; i + 16 <= count; i += 16) store(out + i, load_bf16(static_cast<const uint16_t*>(row) + i));
+      break;
+  }
+  if (i == count) return;
+  alignas(32) uint16_t rest[16] = {};
+  alignas(64) float values[16];
+  for (int64_t j = i; j < count; ++j) rest[j - i] = static_cast<const uint16_t*>(row)[j];
+  store(values, type == Real::f16 ? load_f16(rest) : load_bf16(rest));
+  for (int64_t j = i; j < count; ++j) out[j] = values[j - i];
+}
+
+// --- direct: few rows of x, decoded weights go straight from registers to the arithmetic ---------------------
+
+// sums[m] += x[m] . (quarter Q of the unit), accumulator of a column: its number modulo kAccumulators.
+template <int Q, int kTile, int kAccumulators, bool kZeros, typename D>
+[[gnu::always_inline]] inline void multiply_quarter(const D& decoder, const uint8_t* unit, const float* x, V16 zeros,
+                                                    V16 (&sums)[kTile][kAccumulators]) {
+  V16 columns[4];
+  decoder.template decode<Q>(unit, columns);
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const V16 column = kZeros ? sub(columns[j], zeros) : columns[j];
+#pragma GCC unroll 8
+    for (int m = 0; m < kTile; ++m) {
+      V16& sum = sums[m][j % kAccumulators];
+      sum = fma(column, set1(x[(4 * Q + j) * kTile + m]), sum);
+    }
+  }
+}
+
+template <typename D, bool kZeros, int kTile>
+void direct_tile(const Weights& w, const float* x, int rows, const Output& out, int64_t begin, int64_t end) {
+  // Accumulators hide the latency of fma; units per sum keep at most 16 steps in each.
+  constexpr int kAccumulators = kTile == 1 ? 4 : kTile == 2 ? 2 : 1;
+  constexpr int kUnitsPerSum = kAccumulators;
+  // Software prefetch distance in bytes: far enough for memory, near enough to stay in the cache.
+  constexpr int64_t kAhead = 1536;
+  const D decoder(*w.tables);
+  for (int64_t block = begin; block < end; ++block) {
+    const uint8_t* unit_codes = w.codes + block * w.units * w.unit_bytes;
+    const float* x_unit = x;
+    V16 totals[kTile];
+    for (int m = 0; m < kTile; ++m) totals[m] = set1(0.0f);
+    int64_t unit = 0;
+    for (int64_t group = 0; group < w.groups; ++group) {
+      const int64_t group_end = unit + w.units_per_group < w.units ? unit + w.units_per_group : w.units;
+      const V16 scale = load_scales(w, block, group);
+      const V16 zeros = kZeros ? load_zeros(w, block, group) : set1(0.0f);
+      while (unit < group_end) {
+        V16 sums[kTile][kAccumulators];
+        for (int m = 0; m < kTile; ++m) {
+          for (int a = 0; a < kAccumulators; ++a) sums[m][a] = set1(0.0f);
+        }
+        const int64_t sum_end = unit + kUnitsPerSum < group_end ? unit + kUnitsPerSum : group_end;
+        for (; unit < sum_end; ++unit) {
+          for (int64_t line = 0; line < w.unit_bytes; line += 64) __builtin_prefetch(unit_codes + kAhead + line);
+          multiply_quarter<0, kTile, kAccumulators, kZeros>(decoder, unit_codes, x_unit, zeros, sums);
+          multiply_quarter<1, kTile, kAccumulators, kZeros>(decoder, unit_codes, x_unit, zeros, sums);
+          multiply_quarter<2, kTile, kAccumulators, kZeros>(decoder, unit_codes, x_unit, zeros, sums);
+          multiply_quarter<3, kTile, kAccumulators, kZeros>(decoder, unit_codes, x_unit, zeros, sums);
+          unit_codes += w.unit_bytes;
+          x_unit += 16 * kTile;
+        }
+        for (int m = 0; m < kTile; ++m) {
+          V16 sum = sums[m][0];
+          for (int a = 1; a < kAccumulators; ++a) sum = add(sum, sums[m][a]);
+          totals[m] = fma(sum, scale, totals[m]);
+        }
+      }
+    }
+    alignas(64) float result[16];
+    for (int m = 0; m < kTile; ++m) {
+      if (m >= rows) break;
+      store(result, totals[m]);
+      store_columns(result, out, m, block * 16);
+    }
+  }
+}
+
+template <typename D, bool kZeros>
+void direct(const Weights& w, const float* x, int rows, const Output& out, int64_t begin, int64_t end) {
+  if (rows == 1) return direct_tile<D, kZeros, 1>(w, x, rows, out, begin, end);
+  if (rows == 2) return direct_tile<D, kZeros, 2>(w, x, rows, out, begin, end);
+  if constexpr (kDirectRows == 4) return direct_tile<D, kZeros, 4>(w, x, rows, out, begin, end);
+  if (rows <= 4) return direct_tile<D, kZeros, 4>(w, x, rows, out, begin, end);
+  return direct_tile<D, kZeros, kDirectRows>(w, x, rows, out, begin, end);
+}
+
+// --- panels: many rows of x, weights decoded once per panel --------------------------------------------------
+
+constexpr int kPanelCols = kPanelBlocks * 16;
+
+template <typename D>
+[[gnu::always_inline]] inline void decode_unit(const D& decoder, const uint8_t* unit, V16 (&columns)[16]) {
+  decoder.template decode<0>(unit, columns);
+  decoder.template decode<1>(unit, columns + 4);
+  decoder.template decode<2>(unit, columns + 8);
+  decoder.template decode<3>(unit, columns + 12);
+}
+
+template <typename D, bool kZeros>
+void panel(const Weights& w, int64_t block, int64_t unit, int count, float* panel_out, float* scales_out) {
+  const D decoder(*w.tables);
+  for (int b = 0; b < kPanelBlocks; ++b) {
+    const bool inside = block + b < w.blocks;
+    for (int u = 0; u < count; ++u) {
+      float* out = panel_out + u * 16 * kPanelCols + b * 16;
+      if (!inside) {
+        for (int k = 0; k < 16; ++k) store(out + k * kPanelCols, set1(0.0f));
+        store(scales_out + u * kPanelCols + b * 16, set1(0.0f));
+        continue;
+      }
+      const int64_t group = (unit + u) / w.units_per_group;
+      V16 columns[16];
+      decode_unit(decoder, w.codes + ((block + b) * w.units + unit + u) * w.unit_bytes, columns);
+      const V16 zeros = kZeros ? load_zeros(w, block + b, group) : set1(0.0f);
+      for (int k = 0; k < 16; ++k) store(out + k * kPanelCols, kZeros ? sub(columns[k], zeros) : columns[k]);
+      store(scales_out + u * kPanelCols + b * 16, load_scales(w, block + b, group));
+    }
+  }
+}
+
+template <typename D, bool kZeros>
+void transposed_panel(const Weights& w, int64_t block, int64_t unit, int count, float* panel_out) {
+  const D decoder(*w.tables);
+  alignas(64) float tile[16][16];
+  for (int u = 0; u < kPanelBlocks; ++u) {
+    for (int b = 0; b < count; ++b) {
+      float* out = panel_out + b * 16 * kPanelCols + u * 16;
+      if (unit + u >= w.units) {
+        for (int n = 0; n < 16; ++n) store(out + n * kPanelCols, set1(0.0f));
+        continue;
+      }
+      const int64_t group = (unit + u) / w.units_per_group;
+      V16 columns[16];
+      decode_unit(decoder, w.codes + ((block + b) * w.units + unit + u) * w.unit_bytes, columns);
+      const V16 zeros = kZeros ? load_zeros(w, block + b, group) : set1(0.0f);
+      const V16 scale = load_scales(w, block + b, group);
+      for (int k = 0; k < 16; ++k) store(tile[k], mul(kZeros ? sub(columns[k], zeros) : columns[k], scale));
+      for (int n = 0; n < 16; ++n) {
+        for (int k = 0; k < 16; ++k) out[n * kPanelCols + k] = tile[k][n];
+      }
+    }
+  }
+}
+
+void multiply_panel(const float* x, const float* panel_in, const float* scales, int count, float* sums) {
+  for (int u = 0; u < count; ++u) {
+    V16 acc[kTileRows][kPanelBlocks];
+#pragma GCC unroll 8
+    for (int m = 0; m < kTileRows; ++m) {
+#pragma GCC unroll 2
+      for (int b = 0; b < kPanelBlocks; ++b) acc[m][b] = set1(0.0f);
+    }
+    for (int k = 0; k < 16; ++k) {
+#pragma GCC unroll 2
+      for (int b = 0; b < kPanelBlocks; ++b) {
+        const V16 column = load(panel_in + b * 16);
+#pragma GCC unroll 8
+        for (int m = 0; m < kTileRows; ++m) acc[m][b] = fma(column, set1(x[m]), acc[m][b]);
+      }
+      panel_in += kPanelCols;
+      x += kTileRows;
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < kTileRows; ++m) {
+#pragma GCC unroll 2
+      for (int b = 0; b < kPanelBlocks; ++b) {
+        float* sum = sums + m * kPanelCols + b * 16;
+        const V16 total = load(sum);
+        store(sum, scales == nullptr ? add(acc[m][b], total) : fma(acc[m][b], load(scales + b * 16), total));
+      }
+    }
+    if (scales != nullptr) scales += kPanelCols;
+  }
+}
+
+// --- the table ----------------------------------------------------------------------------------------------
+
+DecodedKernels decoded(const ElementTables& tables, bool zeros) {
+  DecodedKernels kernels{};
+  find_decoder(tables, [&](auto tag) {
+    using D = typename decltype(tag)::Decoder;
+    kernels = {direct<D, false>, panel<D, false>, transposed_panel<D, false>};
+    if constexpr (D::kUnsigned) {
+      if (zeros) kernels = {direct<D, true>, panel<D, true>, transposed_panel<D, true>};
+    }
+  });
+  return kernels;
+}
+
+constexpr LinearKernels kTable = {decoded,      multiply_panel, kDirectRows,  kTileRows,
+                                  kPanelBlocks, load_row,       store_columns};

@@ -1,0 +1,100 @@
+// The table of functions that each instruction set fills for the linear room, and the plain data they work on.
+//
+// Included by instruction-set files, so: plain structs, no functions, no C++ library.
+#pragma once
+
+#include <cstdint>
+
+namespace ng::cpu {
+
+inline constexpr int kPanelUnits = 16;     // units of 16 that a panel holds along the reduction
+inline constexpr int kMaxPanelBlocks = 2;  // blocks of 16 that a panel holds across
+
+// What a code means, in the forms that the decoders look up.
+struct ElementTables {
+  alignas(64) float value[256];   // repeated so that bits above the code's do not matter
+  alignas(64) uint8_t high[128];  // upper and lower byte of the value as bf16, of codes 0..127, repeated likewise
+  alignas(64) uint8_t low[128];
+  int bits;
+  int exponent_bits;  // fp only, else 0
+  int mantissa_bits;
+  bool is_signed;     // an integer in two's complement
+  bool is_fp;
+  bool nan_code;      // fp8_e4m3: the all-ones magnitude is NaN
+};
+
+enum class Scale : uint8_t { fp32, fp16, bf16, e8m0, e4m3 };
+enum class Real : uint8_t { f32, f16, bf16 };
+
+// A packed matrix (quantize/layout.hpp).
+struct Weights {
+  const uint8_t* codes;
+  const void* scales;
+  const uint8_t* zeros;  // null: none
+  const ElementTables* tables;
+  int64_t blocks;
+  int64_t units;
+  int64_t groups;
+  int64_t units_per_group;
+  int64_t unit_bytes;
+  float global_scale;
+  Scale scale;
+};
+
+// Rows of an output with what is added to them.
+struct Output {
+  void* data;
+  int64_t row_stride;  // elements
+  int64_t cols;        // valid columns
+  Real type;
+  const float* bias;   // padded to 16 columns; null: none
+};
+
+// For blocks [begin, end): out[m, block * 16 ..] = x . w for `rows` rows. x is [padded K][tile], tile the smallest of
+// 1, 2, 4, 8 that holds the rows, missing rows zero.
+// pre: rows <= direct_rows.
+using DirectFn = void (*)(const Weights& w, const float* x, int rows, const Output& out, int64_t begin, int64_t end);
+
+// Decodes units [unit, unit + count) of `panel_blocks` blocks from `block` into panel[col][panel_blocks * 16] without
+// their scales, and the scales into scales[unit][panel_blocks * 16]. Blocks past the last are zero.
+using PanelFn = void (*)(const Weights& w, int64_t block, int64_t unit, int count, float* panel, float* scales);
+
+// The transposed panel, scaled: rows [block * 16, (block + count) * 16) by the columns of `panel_blocks` units from
+// `unit` into panel[row][panel_blocks * 16]. Units past the last are zero.
+using TransposedPanelFn = void (*)(const Weights& w, int64_t block, int64_t unit, int count, float* panel);
+
+struct DecodedKernels {
+  DirectFn direct;
+  PanelFn panel;
+  TransposedPanelFn transposed_panel;
+};
+
+struct LinearKernels {
+  // For the element of the tables; zeros says whether a zero point is subtracted.
+  DecodedKernels (*decoded)(const ElementTables& tables, bool zeros);
+
+  // sums[tile][panel_blocks * 16] += x . panel for one tile of `tile_rows` rows: x [count * 16][tile_rows], panel as
+  // above; each unit's sum is multiplied by scales[unit] (null: 1).
+  void (*multiply_panel)(const float* x, const float* panel, const float* scales, int count, float* sums);
+  int direct_rows;  // the most that a direct kernel takes
+  int tile_rows;
+  int panel_blocks;
+
+  // Row of a matrix to float; float sums of 16 columns from `col` on, plus bias, to a row of the output.
+  void (*load_row)(const void* row, Real type, int64_t count, float* out);
+  void (*store_columns)(const float* sums, const Output& out, int64_t row, int64_t col);
+};
+
+// Names a decoder type in a call (see kernel.inl).
+template <typename D>
+struct Tag {
+  using Decoder = D;
+};
+
+extern const LinearKernels kPortableLinear;
+#if defined(__x86_64__)
+extern const LinearKernels kAvx2Linear;
+extern const LinearKernels kAvx512Linear;
+#endif
+
+}  // namespace ng::cpu
