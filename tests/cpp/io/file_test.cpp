@@ -164,8 +164,15 @@ TEST(AtomicFile, AFullDiskLeavesTheOldFile) {
   const std::string path = directory / "x";
   constexpr int kCannotMount = 200;
   const int result = run_in_child([&] {
-    // A mount of this child alone; without root, inside a user namespace where the kernel allows one.
-    if (unshare(CLONE_NEWNS) != 0 && unshare(CLONE_NEWUSER | CLONE_NEWNS) != 0) return kCannotMount;
+    // A mount of this child alone; without root, as the root of a user namespace where the kernel allows one.
+    const uid_t user = geteuid();
+    const gid_t group = getegid();
+    if (unshare(CLONE_NEWNS) != 0) {
+      if (unshare(CLONE_NEWUSER | CLONE_NEWNS) != 0) return kCannotMount;
+      write_text("/proc/self/setgroups", "deny");
+      write_text("/proc/self/uid_map", concat("0 ", user, " 1"));
+      write_text("/proc/self/gid_map", concat("0 ", group, " 1"));
+    }
     if (mount(nullptr, "/", nullptr, MS_REC | MS_PRIVATE, nullptr) != 0) return kCannotMount;
     if (mount("tmpfs", directory.path().c_str(), "tmpfs", 0, "size=1m") != 0) return kCannotMount;
     const std::vector<std::byte> bytes(600'000, std::byte{7});
