@@ -43,7 +43,8 @@ Allocated allocate(const dlpack::ExchangeApi& api, const TensorView& like, int64
                            .byte_offset = 0};
   dlpack::ManagedTensor* managed = nullptr;
   if (api.allocate(&prototype, &managed, nullptr, set_python_error) != 0) nb::raise_python_error();
-  if (managed->tensor.data != nullptr) view.data = static_cast<char*>(managed->tensor.data) + managed->tensor.byte_offset;
+  if (managed->tensor.data != nullptr)
+    view.data = static_cast<char*>(managed->tensor.data) + managed->tensor.byte_offset;
   void* object = nullptr;
   if (api.managed_to_object(managed, &object) != 0) nb::raise_python_error();
   return {nb::steal(static_cast<PyObject*>(object)), view};
@@ -100,23 +101,29 @@ nb::object apply(Function function, nb::handle in_object, const char* in_name, c
 }  // namespace
 
 void bind_linear(nb::module_& module) {
-  module.def("linear", [](nb::handle x, const PackedMatrix& weights, nb::handle bias, nb::handle out) {
-    return apply([](const TensorView& in, const PackedView& w, const TensorView* b, const TensorView& y) {
-      linear(in, w, b, y, default_executor());
-    }, x, "x", weights, bias, out, "out", weights.rows());
-  }, "x"_a, "weights"_a, "bias"_a.none() = nb::none(), "out"_a.none() = nb::none(),
-     "y = x @ w.T + bias. `out` may be left out where x's framework can allocate by DLPack (torch).");
+  module.def(
+      "linear",
+      [](nb::handle x, const PackedMatrix& weights, nb::handle bias, nb::handle out) {
+        return apply([](const TensorView& in, const PackedView& w, const TensorView* b,
+                        const TensorView& y) { linear(in, w, b, y, default_executor()); },
+                     x, "x", weights, bias, out, "out", weights.rows());
+      },
+      "x"_a, "weights"_a, "bias"_a.none() = nb::none(), "out"_a.none() = nb::none(),
+      "y = x @ w.T + bias. `out` may be left out where x's framework can allocate by DLPack (torch).");
 
-  module.def("linear_backward_input", [](nb::handle dy, const PackedMatrix& weights, nb::handle out) {
-    return apply([](const TensorView& in, const PackedView& w, const TensorView*, const TensorView& dx) {
-      linear_backward_input(in, w, dx, default_executor());
-    }, dy, "dy", weights, nb::none(), out, "out", weights.cols());
-  }, "dy"_a, "weights"_a, "out"_a.none() = nb::none(), "dx = dy @ w. `out` as for linear.");
+  module.def(
+      "linear_backward_input",
+      [](nb::handle dy, const PackedMatrix& weights, nb::handle out) {
+        return apply([](const TensorView& in, const PackedView& w, const TensorView*,
+                        const TensorView& dx) { linear_backward_input(in, w, dx, default_executor()); },
+                     dy, "dy", weights, nb::none(), out, "out", weights.cols());
+      },
+      "dy"_a, "weights"_a, "out"_a.none() = nb::none(), "dx = dy @ w. `out` as for linear.");
 
-  module.def("is_matrix", [](nb::handle array, const char* name) {
-    return is_matrix(BorrowedTensor(array, name).view());
-  }, "array"_a, "name"_a = "array",
-             "Whether linear takes the array as it is: dense rows, leading axes that flatten to one stride.");
+  module.def(
+      "is_matrix", [](nb::handle array, const char* name) { return is_matrix(BorrowedTensor(array, name).view()); },
+      "array"_a, "name"_a = "array",
+      "Whether linear takes the array as it is: dense rows, leading axes that flatten to one stride.");
 }
 
 }  // namespace ng::python

@@ -35,6 +35,8 @@ void translate(const std::exception_ptr& pointer, void*) {
 NB_MODULE(_native, module) {
   using namespace ng::python;
   nanobind::register_exception_translator(translate);
+  // torch keeps the operators' functions, and what they hold, until after nanobind would look for leaks.
+  nanobind::set_leak_warnings(false);
   module.attr("__version__") = NARROWGAUGE_VERSION;
   bind_format(module);
   bind_quantize(module);

@@ -127,10 +127,13 @@ void bind_quantize(nb::module_& module) {
       .def_prop_ro("rows", &PackedMatrix::rows)
       .def_prop_ro("cols", &PackedMatrix::cols);
 
-  module.def("canonical_bytes", [](const Format& format, int64_t rows, int64_t cols) {
-    const CanonicalBytes bytes = canonical_bytes(format, rows, cols);
-    return nb::make_tuple(bytes.codes, bytes.scales, bytes.zeros, bytes.global_scale);
-  }, "format"_a, "rows"_a, "cols"_a, "Bytes of (codes, scales, zeros, global_scale).");
+  module.def(
+      "canonical_bytes",
+      [](const Format& format, int64_t rows, int64_t cols) {
+        const CanonicalBytes bytes = canonical_bytes(format, rows, cols);
+        return nb::make_tuple(bytes.codes, bytes.scales, bytes.zeros, bytes.global_scale);
+      },
+      "format"_a, "rows"_a, "cols"_a, "Bytes of (codes, scales, zeros, global_scale).");
   module.def("packed_bytes", &packed_bytes, "format"_a, "rows"_a, "cols"_a);
 
   module.def("quantize", &quantize_into, "weights"_a, "format"_a, "rows"_a, "cols"_a, "codes"_a, "scales"_a,

@@ -1,0 +1,93 @@
+"""narrowgauge: narrow number formats for large models.
+
+>>> import narrowgauge as ng
+>>> q = ng.quantize(w, ng.fp6).pack()     # w [N, K], a torch tensor or a numpy array
+>>> y = ng.linear(x, q)                   # y = x @ w.T
+
+Importing narrowgauge imports neither torch nor numpy nor any extra; what needs them imports them when it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from narrowgauge import _native
+from narrowgauge._native import Format, format_aliases, set_threads, threads
+from narrowgauge.errors import Error, FileCorrupt, PerformanceWarning
+from narrowgauge.linear import linear
+from narrowgauge.qtensor import Canonical, QTensor, quantize
+
+if TYPE_CHECKING:
+    from narrowgauge import nn, ops
+    from narrowgauge.model import LayerReport, QuantizeReport, load_model, quantize_model, save_model
+
+__version__: str = _native.__version__
+
+fp8 = Format("fp8")
+fp6 = Format("fp6")
+fp5 = Format("fp5")
+fp4 = Format("fp4")
+int8 = Format("int8")
+int4 = Format("int4")
+nf4 = Format("nf4")
+mxfp8 = Format("mxfp8")
+mxfp6 = Format("mxfp6")
+mxfp4 = Format("mxfp4")
+nvfp4 = Format("nvfp4")
+
+# What needs torch, by the module that has it (None: the name is the module).
+_LAZY = {
+    "nn": None,
+    "ops": None,
+    "LayerReport": "model",
+    "QuantizeReport": "model",
+    "load_model": "model",
+    "quantize_model": "model",
+    "save_model": "model",
+}
+
+__all__ = [
+    "Canonical",
+    "Error",
+    "FileCorrupt",
+    "Format",
+    "LayerReport",
+    "PerformanceWarning",
+    "QTensor",
+    "QuantizeReport",
+    "format_aliases",
+    "fp4",
+    "fp5",
+    "fp6",
+    "fp8",
+    "int4",
+    "int8",
+    "linear",
+    "load_model",
+    "mxfp4",
+    "mxfp6",
+    "mxfp8",
+    "nf4",
+    "nn",
+    "nvfp4",
+    "ops",
+    "quantize",
+    "quantize_model",
+    "save_model",
+    "set_threads",
+    "threads",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'narrowgauge' has no attribute '{name}'")
+    module = importlib.import_module(f"narrowgauge.{_LAZY[name] or name}")
+    value = getattr(module, name) if _LAZY[name] else module
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_LAZY))

@@ -1,0 +1,17 @@
+"""The exceptions of narrowgauge, beyond Python's own.
+
+Wrong values raise ValueError, wrong types TypeError, memory that cannot be had MemoryError, and a refusal of the
+operating system OSError with its errno.
+"""
+
+
+class Error(RuntimeError):
+    """Base of the errors that narrowgauge alone raises."""
+
+
+class FileCorrupt(Error, ValueError):
+    """A file is not what it claims to be: truncated, altered or hostile."""
+
+
+class PerformanceWarning(UserWarning):
+    """The call works but does avoidable work."""

@@ -1,0 +1,98 @@
+"""linear: y = x @ w.T + bias with narrow weights.
+
+Plain torch tensors that need no gradient go straight to the extension module. Everything else that torch has
+(gradients, torch.compile, fake tensors, subclasses, functorch) goes through the operator registered in ops.py.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from narrowgauge import _arrays, _native
+from narrowgauge._arrays import FLOATS, Array
+from narrowgauge.errors import PerformanceWarning
+from narrowgauge.qtensor import QTensor
+
+
+class _NoTensor:
+    """No object's type: what linear compares with until torch is first used."""
+
+
+# Set by _use_torch.
+_tensor_type: Any = _NoTensor
+_is_compiling: Callable[[], bool] = bool
+_is_grad_enabled: Callable[[], bool] = bool
+
+
+def _use_torch() -> None:
+    global _tensor_type, _is_compiling, _is_grad_enabled
+    torch: Any = _arrays.library("torch").torch  # type: ignore[attr-defined]
+    _is_compiling, _is_grad_enabled = torch.compiler.is_dynamo_compiling, torch.is_grad_enabled
+    _tensor_type = torch.Tensor
+
+
+def linear(x: Array, q: QTensor, bias: Array | None = None) -> Array:
+    """y = x @ w.T + bias: x [..., K], q [N, K], bias [N] or None -> y [..., N] in x's dtype.
+
+    x and bias: float32, float16 or bfloat16 torch tensors (or numpy arrays; then y is one). x may have any strides.
+    Gradients flow to x and bias; the weights are frozen. A canonical q works too, slowly, with a PerformanceWarning.
+    TypeError for a wrong type, ValueError for a wrong shape.
+    """
+    if (
+        type(x) is _tensor_type
+        and not _is_compiling()
+        and not (_is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        and not x.is_neg()
+    ):
+        try:
+            return _native.linear(x, q._matrix, bias)  # type: ignore[arg-type]
+        except (TypeError, ValueError, RuntimeError, AttributeError):
+            pass  # x needs a copy, or something is wrong: below, in order
+    return _linear(x, q, bias)
+
+
+def _linear(x: Array, q: QTensor, bias: Array | None) -> Array:
+    if not isinstance(q, QTensor):
+        raise TypeError(f"q is a {type(q).__name__}, expected a QTensor")
+    if not q.is_packed:
+        warnings.warn(
+            "linear packs a canonical QTensor anew at every call; call q.pack() once", PerformanceWarning, stacklevel=3
+        )
+        q = q.__copy__().pack()
+    torch_x = _arrays.is_torch(x)
+    if torch_x and not _is_compiling():
+        _use_torch()
+    arrays = _arrays.library_of(x, "x")
+    if not torch_x:
+        # Whatever speaks DLPack, in numpy's terms.
+        source = arrays.source(x, "x")
+        _check(x if hasattr(x, "dtype") else source, q, bias)
+        y = arrays.empty((*source.shape[:-1], q.rows), str(source.dtype))
+        offset = None if bias is None else arrays.source(bias, "bias")
+        _native.linear(source, q._matrix, offset, y)  # type: ignore[arg-type]
+        return arrays.cast(y, str(x.dtype)) if str(x.dtype) in FLOATS else y
+    _check(x, q, bias)
+    from narrowgauge import ops
+
+    return ops.linear(x, q.packed, bias, q._name, q.rows, q.cols)
+
+
+def _check(x: Array, q: QTensor, bias: Array | None) -> None:
+    """Raises what is wrong with the arguments, with names and values."""
+    for name, array in (("x", x), ("bias", bias)):
+        if array is None:
+            continue
+        dtype = str(array.dtype).removeprefix("torch.")
+        if dtype not in FLOATS:
+            raise TypeError(f"{name} has dtype {dtype}, expected {', '.join(FLOATS)}")
+        device = str(getattr(array, "device", "cpu"))
+        if device not in ("cpu", "meta"):
+            raise ValueError(f"{name} is on device {device}, expected cpu")
+    if x.ndim == 0 or x.shape[-1] != q.cols:
+        raise ValueError(
+            f"x has shape {list(x.shape)}, expected [..., {q.cols}] for weights of shape {list(q.shape)} ({q._name})"
+        )
+    if bias is not None and tuple(bias.shape) != (q.rows,):
+        raise ValueError(f"bias has shape {list(bias.shape)}, expected [{q.rows}]")

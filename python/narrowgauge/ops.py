@@ -1,0 +1,125 @@
+"""The operators registered with torch.library: what torch.compile, export, autograd and functorch see.
+
+    narrowgauge::linear(x, packed, bias, format, n, k)      y = x @ w.T + bias
+    narrowgauge::linear_backward(dy, packed, format, n, k)  dx = dy @ w
+    narrowgauge::gather(indices, packed, format, n, k, dtype)  rows of w
+
+`packed` is the block of a packed QTensor, `n` and `k` its rows and columns. The block is frozen: no gradient flows
+to it. Importing this module imports torch and registers the operators.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from narrowgauge import _native
+from narrowgauge._arrays import library
+
+library("torch")  # adopts torch's threads
+
+_lib: Any = torch.library.Library("narrowgauge", "DEF")  # type: ignore[no-untyped-call]
+_check: Any = torch._check
+_lib.define("linear(Tensor x, Tensor packed, Tensor? bias, str format, int n, int k) -> Tensor")
+_lib.define("linear_backward(Tensor dy, Tensor packed, str format, int n, int k) -> Tensor")
+_lib.define("gather(Tensor indices, Tensor packed, str format, int n, int k, ScalarType dtype) -> Tensor")
+
+_format = lru_cache(maxsize=None)(_native.Format)
+
+
+def _matrix(packed: torch.Tensor, format: str, n: int, k: int) -> _native.PackedMatrix:
+    return _native.PackedMatrix(packed, _format(format), n, k)
+
+
+def _rows(x: torch.Tensor, name: str) -> torch.Tensor:
+    return x if _native.is_matrix(x, name) else x.contiguous()
+
+
+def _linear_cpu(
+    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, format: str, n: int, k: int
+) -> torch.Tensor:
+    if bias is not None:
+        bias = bias.contiguous()
+    return _native.linear(_rows(x, "x"), _matrix(packed, format, n, k), bias)  # type: ignore[no-any-return]
+
+
+def _linear_backward_cpu(dy: torch.Tensor, packed: torch.Tensor, format: str, n: int, k: int) -> torch.Tensor:
+    return _native.linear_backward_input(_rows(dy, "dy"), _matrix(packed, format, n, k))  # type: ignore[no-any-return]
+
+
+def _gather_cpu(
+    indices: torch.Tensor, packed: torch.Tensor, format: str, n: int, k: int, dtype: torch.dtype
+) -> torch.Tensor:
+    out = torch.empty((*indices.shape, k), dtype=dtype)
+    _native.gather_rows(_matrix(packed, format, n, k), indices.contiguous().long(), out)
+    return out
+
+
+def _linear_fake(
+    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, format: str, n: int, k: int
+) -> torch.Tensor:
+    _check(x.dim() > 0 and x.shape[-1] == k, lambda: f"x has shape {list(x.shape)}, expected [..., {k}]")
+    return x.new_empty((*x.shape[:-1], n))
+
+
+def _linear_backward_fake(dy: torch.Tensor, packed: torch.Tensor, format: str, n: int, k: int) -> torch.Tensor:
+    _check(dy.dim() > 0 and dy.shape[-1] == n, lambda: f"dy has shape {list(dy.shape)}, expected [..., {n}]")
+    return dy.new_empty((*dy.shape[:-1], k))
+
+
+def _gather_fake(
+    indices: torch.Tensor, packed: torch.Tensor, format: str, n: int, k: int, dtype: torch.dtype
+) -> torch.Tensor:
+    return indices.new_empty((*indices.shape, k), dtype=dtype)
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, packed, bias, *ctx.weights = inputs
+    ctx.save_for_backward(packed)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _linear_grad(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    (packed,) = ctx.saved_tensors
+    dx = linear_backward(dy, packed, *ctx.weights) if ctx.needs_input_grad[0] else None
+    dbias = None
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
+        # Summed in fp32 at least, as a narrow sum over many rows would lose them.
+        dbias = dy.sum(tuple(range(dy.dim() - 1)), dtype=torch.float32).to(ctx.bias_dtype)
+    return dx, None, dbias, None, None, None
+
+
+def _linear_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, packed, *ctx.weights = inputs
+    ctx.save_for_backward(packed)
+
+
+def _linear_backward_grad(ctx: Any, ddx: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    (packed,) = ctx.saved_tensors
+    return linear(ddx, packed, None, *ctx.weights), None, None, None, None
+
+
+def _linear_vmap(info: Any, in_dims: tuple[Any, ...], x: torch.Tensor, packed: torch.Tensor, *rest: Any) -> Any:
+    bias, format, n, k = rest
+    if in_dims[1] is not None or in_dims[2] is not None:
+        raise ValueError("vmap over the weights or the bias of narrowgauge::linear is not supported, only over x")
+    return linear(x.movedim(in_dims[0], 0), packed, bias, format, n, k), 0
+
+
+_lib.impl("linear", _linear_cpu, "CPU")
+_lib.impl("linear_backward", _linear_backward_cpu, "CPU")
+_lib.impl("gather", _gather_cpu, "CPU")
+torch.library.register_fake("narrowgauge::linear", _linear_fake, lib=_lib)
+torch.library.register_fake("narrowgauge::linear_backward", _linear_backward_fake, lib=_lib)
+torch.library.register_fake("narrowgauge::gather", _gather_fake, lib=_lib)
+torch.library.register_autograd("narrowgauge::linear", _linear_grad, setup_context=_linear_setup, lib=_lib)
+torch.library.register_autograd(
+    "narrowgauge::linear_backward", _linear_backward_grad, setup_context=_linear_backward_setup, lib=_lib
+)
+torch.library.register_vmap("narrowgauge::linear", _linear_vmap, lib=_lib)
+
+linear = torch.ops.narrowgauge.linear.default
+linear_backward = torch.ops.narrowgauge.linear_backward.default
+gather = torch.ops.narrowgauge.gather.default
