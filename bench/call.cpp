@@ -12,8 +12,8 @@ void linear_16x16(benchmark::State& state) {
   std::array<float, 256> weights{};
   std::array<float, 16> x{};
   std::array<float, 16> y{};
-  const auto packed = ng::pack(
-      ng::QTensor::quantize(ng::TensorView(weights.data(), ng::DType::f32, {16, 16}), ng::Format::parse("fp6_e2m3:g16")));
+  const auto packed = ng::pack(ng::QTensor::quantize(ng::TensorView(weights.data(), ng::DType::f32, {16, 16}),
+                                                     ng::Format::parse("fp6_e2m3:g16")));
   const ng::TensorView input(x.data(), ng::DType::f32, {1, 16});
   const ng::TensorView output(y.data(), ng::DType::f32, {1, 16});
   for (auto _ : state) {

@@ -34,8 +34,8 @@ typedef enum ng_dtype { NG_F32 = 0, NG_F16 = 1, NG_BF16 = 2 } ng_dtype;
 /* A borrowed array in host memory. Shape and strides count elements; null strides mean dense row-major. */
 typedef struct ng_tensor {
   void* data;
-  ng_dtype dtype;
-  int32_t ndim; /* 1 .. 8 */
+  int32_t dtype; /* ng_dtype */
+  int32_t ndim;  /* 1 .. 8 */
   const int64_t* shape;
   const int64_t* strides;
 } ng_tensor;

@@ -74,7 +74,7 @@ T& checked(T* pointer, const char* name) {
 ng::TensorView view_of(const ng_tensor* tensor, const char* name) {
   const ng_tensor& source = checked(tensor, name);
   NG_CHECK(source.dtype == NG_F32 || source.dtype == NG_F16 || source.dtype == NG_BF16, InvalidArgument, name,
-           " has dtype ", static_cast<int>(source.dtype), "; expected NG_F32, NG_F16 or NG_BF16");
+           " has dtype ", source.dtype, "; expected NG_F32, NG_F16 or NG_BF16");
   NG_CHECK(source.ndim >= 1 && source.ndim <= ng::kMaxDims, InvalidArgument, name, " has ", source.ndim,
            " axes; expected 1 to ", ng::kMaxDims);
   checked(source.shape, ng::concat(name, ".shape").c_str());
@@ -158,11 +158,17 @@ ng_status ng_qtensor_copy_of(const char* format, int32_t ndim, const int64_t* sh
 void ng_qtensor_free(ng_qtensor* tensor) { delete tensor; }
 
 ng_status ng_pack(ng_qtensor* tensor) {
-  return guarded([&] { checked(tensor, "tensor").tensor = ng::pack(std::move(tensor->tensor)); });
+  return guarded([&] {
+    ng::QTensor& matrix = checked(tensor, "tensor").tensor;
+    matrix = ng::pack(std::move(matrix));
+  });
 }
 
 ng_status ng_unpack(ng_qtensor* tensor) {
-  return guarded([&] { checked(tensor, "tensor").tensor = ng::unpack(std::move(tensor->tensor)); });
+  return guarded([&] {
+    ng::QTensor& matrix = checked(tensor, "tensor").tensor;
+    matrix = ng::unpack(std::move(matrix));
+  });
 }
 
 int32_t ng_qtensor_is_packed(const ng_qtensor* tensor) { return tensor->tensor.packed() ? 1 : 0; }
