@@ -1,0 +1,696 @@
+// quantize and dequantize: matrices cut into runs for the codec's kernels, checked here and nowhere below.
+//
+// A run is a whole number of groups and of blocks of 64 codes of one row, so runs write separate bytes and can go to
+// any thread. Scratch is on the stack (about 30 KB a thread). The result does not depend on the number of threads.
+#include "narrowgauge/quantize.hpp"
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <numeric>
+
+#include "narrowgauge/device.hpp"
+#include "narrowgauge/error.hpp"
+#include "quantize/codec.hpp"
+#include "quantize/stochastic.hpp"
+
+namespace ng {
+namespace {
+
+using codec::kBlock;
+using codec::kRun;
+using codec::kSpread;
+using codec::Source;
+
+// Work handed to a thread at a time, in elements: enough to hide the hand-over.
+constexpr int64_t kGrain = 65536;
+// The scale search tries these multiples of absmax in 64ths. Above 1 nothing saturates and the group's largest element
+// may land on a code; below 1 it saturates and all others get finer steps.
+constexpr std::array<int, 20> kMultiples{64, 80, 76, 72, 70, 68, 66, 62, 60, 58,
+                                         56, 54, 52, 50, 48, 46, 44, 40, 36, 32};
+
+const codec::Table& table() {
+#if defined(__x86_64__)
+  switch (isa()) {
+    case Isa::avx512:
+      return codec::kAvx512;
+    case Isa::avx2:
+      return codec::kAvx2;
+    case Isa::portable:
+      break;
+  }
+#endif
+  return codec::kPortable;
+}
+
+// --- checks ---------------------------------------------------------------------------------------------------
+
+void check_format(const Format& format) {
+  const Element& e = format.element;
+  const bool element_fits = e.kind == ElementKind::fp    ? e.bits >= 3 && e.bits <= 8 && e.exponent_bits >= 1 &&
+                                                               1 + e.exponent_bits + e.mantissa_bits == e.bits
+                            : e.kind == ElementKind::nf4 ? e.bits == 4
+                                                         : e.bits >= 2 && e.bits <= 8;
+  const bool group_fits = format.group == 0 || (format.group % 16 == 0 && format.group >= 16 && format.group <= 1024);
+  NG_CHECK(element_fits && group_fits && format.scale <= ScaleType::e4m3, InvalidArgument, "'", format.str(),
+           "' is not a format; make formats with Format::parse");
+}
+
+Source source_of(DType dtype, const char* name) {
+  switch (dtype) {
+    case DType::f32:
+      return Source::f32;
+    case DType::f16:
+      return Source::f16;
+    case DType::bf16:
+      return Source::bf16;
+    default:
+      throw InvalidArgument(concat(name, " is ", dtype_name(dtype), "; expected float32, float16 or bfloat16"));
+  }
+}
+
+void check_array(const void* array, int64_t bytes, const char* name, const Format& format) {
+  NG_CHECK(array != nullptr || bytes == 0, InvalidArgument, "the matrix has no ", name, "; format ", format.str(),
+           " needs ", bytes, " bytes of them");
+}
+
+void check_canonical(const CanonicalView& matrix) {
+  const CanonicalBytes bytes = canonical_bytes(matrix.format, matrix.rows, matrix.cols);
+  check_array(matrix.codes, bytes.codes, "codes", matrix.format);
+  check_array(matrix.scales, bytes.scales, "scales", matrix.format);
+  check_array(matrix.zeros, bytes.zeros, "zeros", matrix.format);
+  check_array(matrix.global_scale, bytes.global_scale, "global_scale", matrix.format);
+}
+
+MatrixView check_dense(const TensorView& tensor, const char* name, const CanonicalView& matrix) {
+  const MatrixView view = as_matrix(tensor, name);
+  NG_CHECK(view.rows == matrix.rows && view.cols == matrix.cols, InvalidArgument, name, " has shape ",
+           tensor.shape_str(), ", a matrix of ", view.rows, " x ", view.cols, "; expected ", matrix.rows, " x ",
+           matrix.cols);
+  return view;
+}
+
+// --- constants of a format ------------------------------------------------------------------------------------
+
+codec::Floating floating(const Element& e) {
+  const int bias = (1 << (e.exponent_bits - 1)) - 1;
+  const int specials = e.bits == 8 && e.exponent_bits == 4 ? 0x7f : e.bits == 8 && e.exponent_bits == 5 ? 0x7c : 1 << 8;
+  return {e.bits,  e.mantissa_bits, std::bit_cast<int32_t>(element_max(e)), (1 - bias + 127) << 23, (127 - bias) << 23,
+          specials};
+}
+
+codec::Element codec_element(const Element& e, bool full_range) {
+  codec::Element out{};
+  out.bits = e.bits;
+  switch (e.kind) {
+    case ElementKind::fp:
+      out.kind = codec::Kind::fp;
+      out.fp = floating(e);
+      break;
+    case ElementKind::signed_int:
+      out.kind = codec::Kind::signed_int;
+      out.high = e.codes() / 2 - 1;
+      out.low = -out.high - (full_range ? 1 : 0);
+      break;
+    case ElementKind::unsigned_int:
+      out.kind = codec::Kind::unsigned_int;
+      out.high = e.codes() - 1;
+      break;
+    case ElementKind::nf4: {
+      out.kind = codec::Kind::nf4;
+      const auto values = element_values(e);
+      std::copy_n(values.begin(), 16, out.values);
+      for (size_t i = 0; i < 15; ++i) {
+        // Exact in double. A tie goes to the even index.
+        const double middle = (static_cast<double>(values[i]) + static_cast<double>(values[i + 1])) / 2;
+        auto least = static_cast<float>(middle);
+        if (least < middle || (least == middle && i % 2 == 0)) {
+          least = std::nextafter(least, std::numeric_limits<float>::infinity());
+        }
+        out.thresholds[i] = least;
+      }
+      break;
+    }
+  }
+  return out;
+}
+
+codec::ScaleRule scale_rule(const Format& format, bool ceil, float global) {
+  codec::ScaleRule rule{static_cast<codec::Scale>(format.scale), ceil, element_max(format.element), 1.0f};
+  if (format.scale == ScaleType::e8m0 && !ceil) rule.divisor = std::exp2(std::floor(std::log2(rule.divisor)));
+  if (format.has_global_scale()) {
+    rule.divisor *= global;
+    rule.global = global;
+  }
+  return rule;
+}
+
+// Elements of a run: whole groups and whole blocks of 64 codes. A format without groups is cut anywhere.
+int64_t run_length(const Format& format) {
+  if (format.group == 0) return kRun;
+  const int64_t unit = std::lcm(int64_t{format.group}, kBlock);
+  return kRun / unit * unit;
+}
+
+// --- quantize -------------------------------------------------------------------------------------------------
+
+// The scales of a run's groups and their zero points, and the same spread to one per 16 elements.
+struct Scales {
+  static constexpr int64_t kMost = kRun / kSpread;
+  std::array<uint32_t, kMost> stored;
+  std::array<float, kMost> scale, inverse;
+  std::array<int32_t, kMost> zero;
+  // A group's entries are written 16 at a time, so the last may run over.
+  std::array<float, kMost + 64> spread_scale, spread_inverse;
+  std::array<int32_t, kMost + 64> spread_zero;
+
+  void spread(int64_t count, int64_t group, int64_t n, bool with_zeros) {
+    const int64_t step = std::min(group, n + kSpread - 1) / kSpread;
+    const auto each = [&](const auto& from, auto& to) {
+      for (int64_t g = 0; g < count; ++g) {
+        for (int64_t i = 0; i < step; i += 4) std::fill_n(to.data() + g * step + i, 4, from[static_cast<size_t>(g)]);
+      }
+      // Blocks of 64 elements read whole fours.
+      std::fill_n(to.data() + count * step, 4, from[0]);
+    };
+    each(scale, spread_scale);
+    each(inverse, spread_inverse);
+    if (with_zeros) each(zero, spread_zero);
+  }
+};
+
+struct Range {
+  float low = 0, high = 0;  // uintN
+  float absmax = 0;
+};
+
+class Quantizer {
+ public:
+  Quantizer(const MatrixView& weights, Source type, const CanonicalView& out, const QuantizeOptions& options)
+      : weights_(weights),
+        type_(type),
+        out_(out),
+        options_(options),
+        format_(out.format),
+        element_(codec_element(format_.element, options.full_range)),
+        has_zeros_(format_.element.has_zero_point()),
+        row_bytes_(format_.row_bytes(weights.cols)),
+        groups_(format_.groups(weights.cols)),
+        run_(run_length(format_)),
+        runs_((weights.cols + run_ - 1) / run_),
+        group_(format_.group == 0 ? weights.cols : format_.group) {}
+
+  void operator()(Executor& executor) {
+    float global = 1;
+    if (format_.has_global_scale()) {
+      global = global_scale(executor);
+      check_finite();
+      *out_.global_scale = global;
+    }
+    rule_ = scale_rule(format_, options_.e8m0_ceil, global);
+    if (format_.group != 0) {
+      executor.parallel_for(out_.rows * runs_, std::max<int64_t>(1, kGrain / std::min(run_, weights_.cols)),
+                            [&](int64_t begin, int64_t end) {
+                              for (int64_t unit = begin; unit < end; ++unit) group_run(unit / runs_, unit % runs_);
+                            });
+    } else if (out_.rows >= 4 * executor.threads() || runs_ < 4 || options_.search != ScaleSearch::absmax) {
+      executor.parallel_for(out_.rows, std::max<int64_t>(1, kGrain / weights_.cols), [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) whole_row(row);
+      });
+    } else {
+      // Few long rows: all threads share each.
+      for (int64_t row = 0; row < out_.rows; ++row) split_row(row, executor);
+    }
+    check_finite();
+  }
+
+ private:
+  // The elements of a run as the kernels read them.
+  struct Run {
+    const void* data;
+    Source type;
+    int64_t n;
+  };
+  using Scratch = std::array<float, kRun>;
+
+  int64_t run_begin(int64_t run) const { return run * run_; }
+  int64_t run_size(int64_t run) const { return std::min(run_, weights_.cols - run * run_); }
+  const std::byte* source(int64_t row, int64_t col) const {
+    const auto bytes = static_cast<int64_t>(dtype_bytes(weights_.dtype));
+    return static_cast<const std::byte*>(weights_.data) + (row * weights_.row_stride + col) * bytes;
+  }
+
+  static void to_floats(const void* data, Source type, int64_t n, float* out) {
+    for (int64_t i = 0; i < n; ++i) {
+      out[i] = type == Source::f32   ? static_cast<const float*>(data)[i]
+               : type == Source::f16 ? to_float(static_cast<const f16*>(data)[i])
+                                     : to_float(static_cast<const bf16*>(data)[i]);
+    }
+  }
+
+  Run load(int64_t row, int64_t begin, int64_t n, Scratch& scratch) const {
+    const void* data = source(row, begin);
+    if (options_.nan == NanPolicy::error && !options_.stochastic) return {data, type_, n};
+    to_floats(data, type_, n, scratch.data());
+    if (options_.nan == NanPolicy::saturate) {
+      for (float& x : std::span(scratch).first(static_cast<size_t>(n))) {
+        constexpr float kMost = std::numeric_limits<float>::max();
+        x = std::isnan(x) ? 0.0f : std::clamp(x, -kMost, kMost);
+      }
+    }
+    return {scratch.data(), Source::f32, n};
+  }
+
+  // Remembers the first element of the run that is not finite.
+  void report(int64_t row, int64_t begin, const Run& run) {
+    Scratch values;
+    to_floats(run.data, run.type, run.n, values.data());
+    const auto* bad =
+        std::find_if_not(values.begin(), values.begin() + run.n, [](float x) { return std::isfinite(x); });
+    const int64_t index = row * weights_.cols + begin + (bad - values.begin());
+    int64_t first = first_bad_.load();
+    while (index < first && !first_bad_.compare_exchange_weak(first, index)) {
+    }
+  }
+
+  void check_finite() const {
+    const int64_t index = first_bad_.load();
+    if (index == kNone) return;
+    const int64_t row = index / weights_.cols, col = index % weights_.cols;
+    float value = 0;
+    to_floats(source(row, col), type_, 1, &value);
+    throw InvalidArgument(concat("weights[", row, ", ", col, "] (element ", index, ") is ", value,
+                                 "; expected finite numbers, or nan=\"saturate\""));
+  }
+
+  // The ranges of the groups of a run; a group with NaN or Inf is reported and counts as zeros.
+  void ranges(int64_t row, int64_t begin, const Run& run, int64_t group, float* absmax, float* low, float* high) {
+    table_.absmax(run.data, run.type, run.n, group, absmax);
+    const int64_t count = (run.n + group - 1) / group;
+    float most = 0;
+    for (int64_t g = 0; g < count; ++g) most = absmax[g] > most || std::isnan(absmax[g]) ? absmax[g] : most;
+    if (!std::isfinite(most)) {
+      report(row, begin, run);
+      std::fill_n(absmax, count, 0.0f);
+      std::fill_n(low, has_zeros_ ? count : 0, 0.0f);
+      std::fill_n(high, has_zeros_ ? count : 0, 0.0f);
+    } else if (has_zeros_) {
+      table_.range(run.data, run.type, run.n, group, low, high);
+    }
+  }
+
+  // What the scale divides: hi - lo where there is a zero point, else the largest magnitude.
+  double width(const Range& range) const {
+    return has_zeros_ ? static_cast<double>(range.high) - static_cast<double>(range.low) : range.absmax;
+  }
+
+  int32_t zero_point(float low, float scale) const {
+    if (scale == 0) return 0;
+    return static_cast<int32_t>(std::nearbyint(std::min(-low / scale, static_cast<float>(element_.high))));
+  }
+
+  Range run_range(int64_t row, int64_t run_index) {
+    Scratch scratch;
+    const Run run = load(row, run_begin(run_index), run_size(run_index), scratch);
+    Range range;
+    ranges(row, run_begin(run_index), run, run.n, &range.absmax, &range.low, &range.high);
+    return range;
+  }
+
+  static Range join(const Range& a, const Range& b) {
+    return {std::min(a.low, b.low), std::max(a.high, b.high), std::max(a.absmax, b.absmax)};
+  }
+
+  // The range of the runs [0, count), found in parallel. The order of the joins does not matter.
+  template <typename F>
+  Range parallel_range(int64_t count, Executor& executor, const F& range_of) {
+    std::atomic<float> low{0}, high{0}, absmax{0};
+    const auto raise = [](std::atomic<float>& most, float value) {
+      float seen = most.load();
+      while (value > seen && !most.compare_exchange_weak(seen, value)) {
+      }
+    };
+    executor.parallel_for(count, std::max<int64_t>(1, kGrain / std::min(run_, weights_.cols)),
+                          [&](int64_t begin, int64_t end) {
+                            Range range;
+                            for (int64_t i = begin; i < end; ++i) range = join(range, range_of(i));
+                            raise(low, -range.low);
+                            raise(high, range.high);
+                            raise(absmax, range.absmax);
+                          });
+    return {-low.load(), high.load(), absmax.load()};
+  }
+
+  float global_scale(Executor& executor) {
+    const Range range = parallel_range(out_.rows * runs_, executor,
+                                       [this](int64_t unit) { return run_range(unit / runs_, unit % runs_); });
+    return static_cast<float>(width(range) / (static_cast<double>(element_max(format_.element)) * 448.0));
+  }
+
+  void store_scales(int64_t row, int64_t first, int64_t count, const Scales& scales) const {
+    const int64_t at = row * groups_ + first;
+    for (int64_t g = 0; g < count; ++g) {
+      const uint32_t bits = scales.stored[static_cast<size_t>(g)];
+      switch (scale_bytes(format_.scale)) {
+        case 4:
+          static_cast<uint32_t*>(out_.scales)[at + g] = bits;
+          break;
+        case 2:
+          static_cast<uint16_t*>(out_.scales)[at + g] = static_cast<uint16_t>(bits);
+          break;
+        default:
+          static_cast<uint8_t*>(out_.scales)[at + g] = static_cast<uint8_t>(bits);
+      }
+      if (has_zeros_) out_.zeros[at + g] = static_cast<uint8_t>(scales.zero[static_cast<size_t>(g)]);
+    }
+  }
+
+  // The scales tried by a search, the plain one first, without repetitions; error[i] is the squared error of each.
+  struct Candidates {
+    int64_t count = 0;
+    std::array<uint32_t, kMultiples.size()> stored{};
+    std::array<float, kMultiples.size()> scale{}, inverse{};
+    std::array<int32_t, kMultiples.size()> zero{};
+    std::array<double, kMultiples.size()> error{};
+  };
+
+  Candidates candidates(const Range& range) const {
+    std::array<double, kMultiples.size()> widths;
+    for (size_t i = 0; i < widths.size(); ++i) widths[i] = width(range) * kMultiples[i] / 64;
+    Candidates all;
+    table_.scales(widths.data(), widths.size(), rule_, all.stored.data(), all.scale.data(), all.inverse.data());
+    for (size_t i = 0; i < widths.size(); ++i) {
+      const auto known = all.stored.begin() + all.count;
+      if (all.scale[i] == 0 && i != 0) continue;
+      if (std::find(all.stored.begin(), known, all.stored[i]) != known) continue;
+      const auto to = static_cast<size_t>(all.count++);
+      all.stored[to] = all.stored[i];
+      all.scale[to] = all.scale[i];
+      all.inverse[to] = all.inverse[i];
+      all.zero[to] = has_zeros_ ? zero_point(range.low, all.scale[i]) : 0;
+    }
+    return all;
+  }
+
+  void add_errors(const Run& run, Candidates& tried) const {
+    std::array<double, kMultiples.size()> error;
+    table_.errors(run.data, run.type, run.n, element_, tried.count, tried.scale.data(), tried.inverse.data(),
+                  tried.zero.data(), error.data());
+    for (size_t i = 0; i < static_cast<size_t>(tried.count); ++i) tried.error[i] += error[i];
+  }
+
+  static void choose(const Candidates& tried, int64_t group, Scales& scales) {
+    const auto best = static_cast<size_t>(std::min_element(tried.error.begin(), tried.error.begin() + tried.count) -
+                                          tried.error.begin());
+    const auto g = static_cast<size_t>(group);
+    scales.stored[g] = tried.stored[best];
+    scales.scale[g] = tried.scale[best];
+    scales.inverse[g] = tried.inverse[best];
+    scales.zero[g] = tried.zero[best];
+  }
+
+  // Codes of a run whose scales are known. `spread` covers the run; groups of `group` elements.
+  void encode(int64_t row, int64_t begin, const Run& run, int64_t group, const Scales& scales, const void* next) const {
+    alignas(64) std::array<uint8_t, kRun> codes;
+    if (options_.stochastic) {
+      std::fill(codes.begin(), codes.end(), uint8_t{0});
+      encode_stochastic(static_cast<const float*>(run.data), run.n, row * weights_.cols + begin, options_.seed,
+                        element_, scales.spread_scale.data(), scales.spread_zero.data(), codes.data());
+    } else {
+      table_.encode(run.data, run.type, run.n, element_, scales.spread_scale.data(), scales.spread_inverse.data(),
+                    scales.spread_zero.data(), codes.data(), next);
+    }
+    for (int64_t g = 0; g * group < run.n; ++g) {
+      if (scales.inverse[static_cast<size_t>(g)] != 0) continue;
+      std::fill(codes.begin() + g * group, codes.begin() + std::min((g + 1) * group, run.n), uint8_t{0});
+    }
+    table_.pack(codes.data(), run.n, element_.bits, out_.codes + row * row_bytes_ + begin / 8 * element_.bits);
+  }
+
+  void group_run(int64_t row, int64_t run_index) {
+    Scratch scratch;
+    Scales scales;
+    const int64_t begin = run_begin(run_index);
+    const Run run = load(row, begin, run_size(run_index), scratch);
+    const int64_t count = (run.n + group_ - 1) / group_;
+    std::array<float, Scales::kMost> absmax, low, high;
+    ranges(row, begin, run, group_, absmax.data(), low.data(), high.data());
+    const auto range_of = [&](int64_t g) {
+      const auto i = static_cast<size_t>(g);
+      return has_zeros_ ? Range{low[i], high[i], absmax[i]} : Range{0, 0, absmax[i]};
+    };
+    if (options_.search == ScaleSearch::mse) {
+      const auto bytes = run.type == Source::f32 ? 4 : 2;
+      for (int64_t g = 0; g < count; ++g) {
+        Candidates tried = candidates(range_of(g));
+        const auto* data = static_cast<const std::byte*>(run.data) + g * group_ * bytes;
+        add_errors({data, run.type, std::min(group_, run.n - g * group_)}, tried);
+        choose(tried, g, scales);
+      }
+    } else {
+      std::array<double, Scales::kMost> widths;
+      for (int64_t g = 0; g < count; ++g) widths[static_cast<size_t>(g)] = width(range_of(g));
+      table_.scales(widths.data(), count, rule_, scales.stored.data(), scales.scale.data(), scales.inverse.data());
+      for (int64_t g = 0; has_zeros_ && g < count; ++g) {
+        const auto i = static_cast<size_t>(g);
+        scales.zero[i] = zero_point(low[i], scales.scale[i]);
+      }
+    }
+    scales.spread(count, group_, run.n, has_zeros_);
+    store_scales(row, begin / group_, count, scales);
+    encode(row, begin, run, group_, scales, source(row, begin + run.n));
+  }
+
+  void set_row_scale(int64_t row, const Range& range, Scales& scales) {
+    const double widest = width(range);
+    table_.scales(&widest, 1, rule_, scales.stored.data(), scales.scale.data(), scales.inverse.data());
+    scales.zero[0] = has_zeros_ ? zero_point(range.low, scales.scale[0]) : 0;
+    if (options_.search == ScaleSearch::mse) {
+      Candidates tried = candidates(range);
+      Scratch scratch;
+      for (int64_t run = 0; run < runs_; ++run) add_errors(load(row, run_begin(run), run_size(run), scratch), tried);
+      choose(tried, 0, scales);
+    }
+    store_scales(row, 0, 1, scales);
+    scales.spread(1, kRun, kRun, has_zeros_);
+  }
+
+  void encode_row_run(int64_t row, int64_t run_index, const Scales& scales, const void* next) const {
+    Scratch scratch;
+    const Run run = load(row, run_begin(run_index), run_size(run_index), scratch);
+    encode(row, run_begin(run_index), run, run.n, scales, next);
+  }
+
+  void whole_row(int64_t row) {
+    Range range;
+    for (int64_t run = 0; run < runs_; ++run) range = join(range, run_range(row, run));
+    Scales scales;
+    set_row_scale(row, range, scales);
+    for (int64_t run = 0; run < runs_; ++run) encode_row_run(row, run, scales, source(row + 1, run_begin(run)));
+  }
+
+  void split_row(int64_t row, Executor& executor) {
+    Scales scales;
+    set_row_scale(row, parallel_range(runs_, executor, [&](int64_t run) { return run_range(row, run); }), scales);
+    executor.parallel_for(runs_, kGrain / kRun, [&](int64_t begin, int64_t end) {
+      for (int64_t run = begin; run < end; ++run) encode_row_run(row, run, scales, nullptr);
+    });
+  }
+
+  static constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
+
+  const codec::Table& table_ = table();
+  MatrixView weights_;
+  Source type_;
+  CanonicalView out_;
+  QuantizeOptions options_;
+  Format format_;
+  codec::Element element_;
+  codec::ScaleRule rule_{};
+  bool has_zeros_;
+  int64_t row_bytes_;
+  int64_t groups_;
+  int64_t run_;
+  int64_t runs_;   // of a row
+  int64_t group_;  // elements of a group
+  std::atomic<int64_t> first_bad_{kNone};
+};
+
+// --- sections of a QTensor ------------------------------------------------------------------------------------
+
+constexpr int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+CanonicalView sections(const Format& format, int64_t rows, int64_t cols, std::byte* storage) {
+  const CanonicalBytes bytes = canonical_bytes(format, rows, cols);
+  auto* at = reinterpret_cast<uint8_t*>(storage);
+  const auto next = [&](int64_t size) {
+    uint8_t* section = size == 0 ? nullptr : at;
+    at += padded(size);
+    return section;
+  };
+  CanonicalView view{format, rows, cols};
+  view.codes = next(bytes.codes);
+  view.scales = next(bytes.scales);
+  view.zeros = next(bytes.zeros);
+  view.global_scale = reinterpret_cast<float*>(next(bytes.global_scale));
+  return view;
+}
+
+Buffer section_storage(const CanonicalBytes& bytes) {
+  return Buffer(static_cast<size_t>(padded(bytes.codes) + padded(bytes.scales) + padded(bytes.zeros) +
+                                    padded(bytes.global_scale)));
+}
+
+}  // namespace
+
+// --- public ---------------------------------------------------------------------------------------------------
+
+CanonicalBytes canonical_bytes(const Format& format, int64_t rows, int64_t cols) {
+  check_format(format);
+  NG_CHECK(rows >= 0 && cols >= 0, InvalidArgument, "a matrix of ", rows, " x ", cols, " elements; expected >= 0");
+  CanonicalBytes bytes;
+  int64_t groups = 0;
+  bool overflow = __builtin_mul_overflow(rows, format.row_bytes(cols), &bytes.codes);
+  overflow |= __builtin_mul_overflow(rows, format.groups(cols), &groups);
+  overflow |= __builtin_mul_overflow(groups, static_cast<int64_t>(scale_bytes(format.scale)), &bytes.scales);
+  if (format.element.has_zero_point()) bytes.zeros = groups;
+  if (format.has_global_scale()) bytes.global_scale = sizeof(float);
+  // Half of the range leaves room for any sum and padding.
+  constexpr int64_t kMost = std::numeric_limits<int64_t>::max() / 8;
+  NG_CHECK(!overflow && bytes.codes <= kMost && bytes.scales <= kMost, InvalidArgument, "a matrix of ", rows, " x ",
+           cols, " elements in ", format.str(), " has more bytes than can be counted");
+  return bytes;
+}
+
+void quantize(const TensorView& weights, const CanonicalView& out, const QuantizeOptions& options, Executor& executor) {
+  check_canonical(out);
+  const Source type = source_of(weights.dtype, "weights");
+  const MatrixView matrix = check_dense(weights, "weights", out);
+  if (matrix.rows == 0 || matrix.cols == 0) {
+    if (out.global_scale != nullptr) *out.global_scale = 0;
+    return;
+  }
+  Quantizer(matrix, type, out, options)(executor);
+}
+
+void dequantize(const CanonicalView& matrix, const TensorView& out, Executor& executor) {
+  check_canonical(matrix);
+  const Source type = source_of(out.dtype, "out");
+  const MatrixView dense = check_dense(out, "out", matrix);
+  if (dense.rows == 0 || dense.cols == 0) return;
+
+  const Format& format = matrix.format;
+  const codec::Table& kernels = table();
+  const codec::Element element = codec_element(format.element, false);
+  const bool has_zeros = format.element.has_zero_point();
+  const int64_t row_bytes = format.row_bytes(matrix.cols), groups = format.groups(matrix.cols);
+  const int64_t length = run_length(format), runs = (matrix.cols + length - 1) / length;
+  const int64_t group = format.group == 0 ? kRun : format.group;
+  const auto scale_size = static_cast<int64_t>(scale_bytes(format.scale));
+  const auto out_size = static_cast<int64_t>(dtype_bytes(dense.dtype));
+
+  executor.parallel_for(
+      matrix.rows * runs, std::max<int64_t>(1, kGrain / std::min(length, matrix.cols)),
+      [&](int64_t first, int64_t last) {
+        alignas(64) std::array<uint8_t, kRun> codes;
+        Scales scales;
+        for (int64_t unit = first; unit < last; ++unit) {
+          const int64_t row = unit / runs, begin = unit % runs * length;
+          const int64_t n = std::min(length, matrix.cols - begin);
+          const int64_t count = (n + group - 1) / group;
+          const int64_t at = row * groups + (format.group == 0 ? 0 : begin / group);
+          for (int64_t g = 0; g < count; ++g) {
+            const auto i = static_cast<size_t>(g);
+            uint32_t bits = 0;
+            std::memcpy(&bits, static_cast<const std::byte*>(matrix.scales) + (at + g) * scale_size,
+                        static_cast<size_t>(scale_size));
+            scales.scale[i] = scale_decode(format.scale, bits);
+            if (format.has_global_scale()) scales.scale[i] *= *matrix.global_scale;
+            scales.inverse[i] = 0;
+            scales.zero[i] = has_zeros ? matrix.zeros[at + g] : 0;
+          }
+          scales.spread(count, group, n, has_zeros);
+          kernels.unpack(matrix.codes + row * row_bytes + begin / 8 * element.bits, n, element.bits, codes.data());
+          kernels.decode(codes.data(), n, element, scales.spread_scale.data(), scales.spread_zero.data(), type,
+                         static_cast<std::byte*>(dense.data) + (row * dense.row_stride + begin) * out_size);
+        }
+      });
+}
+
+QTensor QTensor::quantize(const TensorView& weights, const Format& format, const QuantizeOptions& options,
+                          Executor& executor) {
+  const MatrixView matrix = as_matrix(weights, "weights");
+  QTensor tensor;
+  tensor.format_ = format;
+  tensor.shape_.assign(weights.shape.begin(), weights.shape.begin() + weights.ndim);
+  tensor.rows_ = matrix.rows;
+  tensor.cols_ = matrix.cols;
+  tensor.storage_ = section_storage(canonical_bytes(format, matrix.rows, matrix.cols));
+  ng::quantize(weights, tensor.canonical_view(), options, executor);
+  return tensor;
+}
+
+QTensor QTensor::copy_of(const CanonicalView& matrix, std::vector<int64_t> shape) {
+  check_canonical(matrix);
+  NG_CHECK(!shape.empty(), InvalidArgument, "a QTensor needs at least one axis");
+  int64_t rows = 1;
+  bool fits = true;
+  for (size_t axis = 0; axis + 1 < shape.size(); ++axis) {
+    fits = fits && shape[axis] >= 0 && !__builtin_mul_overflow(rows, shape[axis], &rows);
+  }
+  NG_CHECK(fits && rows == matrix.rows && shape.back() == matrix.cols, InvalidArgument, "a shape of ", rows, " x ",
+           shape.back(), " elements for a matrix of ", matrix.rows, " x ", matrix.cols);
+  QTensor tensor;
+  tensor.format_ = matrix.format;
+  tensor.shape_ = std::move(shape);
+  tensor.rows_ = matrix.rows;
+  tensor.cols_ = matrix.cols;
+  const CanonicalBytes bytes = canonical_bytes(matrix.format, matrix.rows, matrix.cols);
+  tensor.storage_ = section_storage(bytes);
+  const CanonicalView view = tensor.canonical_view();
+  const auto copy = [](void* to, const void* from, int64_t size) {
+    if (size != 0) std::memcpy(to, from, static_cast<size_t>(size));
+  };
+  copy(view.codes, matrix.codes, bytes.codes);
+  copy(view.scales, matrix.scales, bytes.scales);
+  copy(view.zeros, matrix.zeros, bytes.zeros);
+  copy(view.global_scale, matrix.global_scale, bytes.global_scale);
+  return tensor;
+}
+
+int64_t QTensor::nbytes() const { return canonical_bytes(format_, rows_, cols_).total(); }
+
+CanonicalView QTensor::canonical_view() const {
+  NG_CHECK(!packed_, InvalidArgument, "the matrix is packed; unpack it first");
+  return sections(format_, rows_, cols_, const_cast<std::byte*>(storage_.data()));
+}
+
+PackedView QTensor::packed_view() const {
+  NG_CHECK(packed_, InvalidArgument, "the matrix is not packed; pack it first");
+  return {format_, rows_, cols_, reinterpret_cast<const uint8_t*>(storage_.data())};
+}
+
+QTensor pack(QTensor&& tensor, Executor& executor) {
+  QTensor result(std::move(tensor));
+  if (result.packed_) return result;
+  Buffer block(static_cast<size_t>(packed_bytes(result.format_, result.rows_, result.cols_)));
+  pack(result.canonical_view(), reinterpret_cast<uint8_t*>(block.data()), executor);
+  result.storage_ = std::move(block);
+  result.packed_ = true;
+  return result;
+}
+
+QTensor unpack(QTensor&& tensor, Executor& executor) {
+  QTensor result(std::move(tensor));
+  if (!result.packed_) return result;
+  Buffer storage = section_storage(canonical_bytes(result.format_, result.rows_, result.cols_));
+  unpack(result.packed_view(), sections(result.format_, result.rows_, result.cols_, storage.data()), executor);
+  result.storage_ = std::move(storage);
+  result.packed_ = false;
+  return result;
+}
+
+}  // namespace ng
