@@ -4,7 +4,8 @@
 // dequantised copy of the matrix is made. Accumulation is fp32 with the activations exactly as given, whatever
 // their type, in blocks short enough that for every element
 //   |y - y64| <= 2^-24 (16 + K/16) sum|x||w| + u(y) |y64| + 2^-126 sum(|w_k| + s_k)
-// where y64 is the float64 result, u(y) the unit roundoff of y's type and s_k the scale of w_k's group.
+// where y64 is the float64 result, u(y) the unit roundoff of y's type and s_k the scale of w_k's group; results below
+// the normal range add half a subnormal of y's type and, per 16 columns, of fp32.
 #pragma once
 
 #include "narrowgauge/executor.hpp"

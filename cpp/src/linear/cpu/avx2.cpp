@@ -133,7 +133,7 @@ inline __m256i pair_words(__m256i codes, int half) {
   return shift_words<8 - kBits>(words);
 }
 
-// fp of 5 to 8 bits with up to 5 exponent bits: the code's fields are moved into those of a half, which the hardware
+// fp of 5 to 8 bits whose exponents a half has: the code's fields are moved into those of a half, which the hardware
 // converts exactly, subnormals included, and the difference of the biases is a power of two.
 template <int kBits>
 struct HalfDecoder {
@@ -228,7 +228,8 @@ struct QuadDecoder {
   }
 };
 
-// fp with 6 or 7 exponent bits (fp7_e6m0, fp8_e6m1, fp8_e7m0): rare, so looked up code by code.
+// fp with more exponents than a half (fp6_e5m0, fp7_e5m1, fp7_e6m0, fp8_e6m1, fp8_e7m0): rare, so looked up code by
+// code.
 template <int kBits>
 struct LookupDecoder {
   static constexpr bool kUnsigned = false;
@@ -253,8 +254,10 @@ struct LookupDecoder {
 template <int kBits, typename Use>
 void find_pair_decoder(const ElementTables& tables, Use use) {
   if (tables.is_fp) {
-    if constexpr (kBits >= 7) {
-      if (tables.exponent_bits > 5) return use(Tag<LookupDecoder<kBits>>{});
+    if constexpr (kBits >= 6) {
+      // A half's largest exponent means infinity and NaN, as it does in fp8_e5m2 but in no other element.
+      const int half_exponents = kBits == 8 ? 5 : 4;
+      if (tables.exponent_bits > half_exponents) return use(Tag<LookupDecoder<kBits>>{});
     }
     return use(Tag<HalfDecoder<kBits>>{});
   }

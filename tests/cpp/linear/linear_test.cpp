@@ -1,0 +1,413 @@
+// linear against float64, per element, for every element type, instruction set and tile; and proof that the bound
+// catches small faults.
+#include "narrowgauge/linear.hpp"
+
+#include <gtest/gtest.h>
+
+#include "narrowgauge/error.hpp"
+#include "reference.hpp"
+
+namespace ng {
+namespace {
+
+using test::Matrix;
+
+// Restores the instruction set that a test forces.
+class IsaGuard {
+ public:
+  explicit IsaGuard(Isa forced) : before_(isa()) { force_isa(forced); }
+  ~IsaGuard() { force_isa(before_); }
+  IsaGuard(const IsaGuard&) = delete;
+  IsaGuard& operator=(const IsaGuard&) = delete;
+
+ private:
+  Isa before_;
+};
+
+Buffer packed_copy(Matrix& matrix) {
+  Buffer packed(static_cast<size_t>(packed_bytes(matrix.format, matrix.rows, matrix.cols)));
+  pack(matrix.view(), reinterpret_cast<uint8_t*>(packed.data()), default_executor());
+  return packed;
+}
+
+PackedView view_of(const Matrix& matrix, const Buffer& packed) {
+  return {matrix.format, matrix.rows, matrix.cols, reinterpret_cast<const uint8_t*>(packed.data())};
+}
+
+// Activations in their own type, with the doubles that they stand for.
+struct Activations {
+  DType dtype;
+  int64_t rows, cols;
+  std::vector<std::byte> bytes;
+  std::vector<double> values;
+
+  Activations(DType type, int64_t r, int64_t c) : dtype(type), rows(r), cols(c) {
+    bytes.resize(static_cast<size_t>(r * c) * dtype_bytes(type));
+    values.resize(static_cast<size_t>(r * c));
+  }
+  void set(int64_t row, int64_t col, float value) {
+    const auto at = static_cast<size_t>(row * cols + col);
+    switch (dtype) {
+      case DType::f32: std::memcpy(&bytes[at * 4], &value, 4); break;
+      case DType::f16: {
+        const f16 narrow = to_f16(value);
+        std::memcpy(&bytes[at * 2], &narrow, 2);
+        value = to_float(narrow);
+        break;
+      }
+      default: {
+        const bf16 narrow = to_bf16(value);
+        std::memcpy(&bytes[at * 2], &narrow, 2);
+        value = to_float(narrow);
+      }
+    }
+    values[at] = static_cast<double>(value);
+  }
+  double read(int64_t row, int64_t col) const {
+    const auto at = static_cast<size_t>(row * cols + col);
+    if (dtype == DType::f32) {
+      float value = 0;
+      std::memcpy(&value, &bytes[at * 4], 4);
+      return static_cast<double>(value);
+    }
+    uint16_t bits = 0;
+    std::memcpy(&bits, &bytes[at * 2], 2);
+    return static_cast<double>(dtype == DType::f16 ? to_float(f16{bits}) : to_float(bf16{bits}));
+  }
+  TensorView view() { return {bytes.data(), dtype, {rows, cols}}; }
+};
+
+Activations random_activations(DType dtype, int64_t rows, int64_t cols, std::mt19937& random, float scale = 1.0f) {
+  Activations x(dtype, rows, cols);
+  std::normal_distribution<float> normal(0.0f, scale);
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t col = 0; col < cols; ++col) x.set(row, col, normal(random));
+  }
+  return x;
+}
+
+// The effective scale of every weight.
+std::vector<double> scales_of(const Matrix& w) {
+  std::vector<double> scales;
+  for (int64_t row = 0; row < w.rows; ++row) {
+    for (int64_t col = 0; col < w.cols; ++col) scales.push_back(static_cast<double>(w.scale(row, col)));
+  }
+  return scales;
+}
+
+// Largest error over tolerance.
+double worst_ratio(const Matrix& w, const Activations& x, const Activations& y, const std::vector<float>& bias) {
+  const std::vector<double> weights = w.weights();
+  const std::vector<double> scales = scales_of(w);
+  double worst = 0;
+  for (int64_t m = 0; m < x.rows; ++m) {
+    for (int64_t n = 0; n < w.rows; ++n) {
+      const double b = bias.empty() ? 0.0 : static_cast<double>(bias[static_cast<size_t>(n)]);
+      const test::Bound bound = test::linear_bound(weights.data() + n * w.cols, scales.data() + n * w.cols,
+                                                   x.values.data() + m * x.cols, w.cols, b, y.dtype);
+      const double error = std::abs(y.read(m, n) - bound.y64);
+      worst = std::max(worst, error == 0 ? 0.0 : error / bound.tolerance);
+      if (std::isnan(error)) return std::numeric_limits<double>::infinity();
+    }
+  }
+  return worst;
+}
+
+Activations run(Matrix& w, Activations& x, const std::vector<float>& bias, DType y_type) {
+  const Buffer packed = packed_copy(w);
+  Activations y(y_type, x.rows, w.rows);
+  TensorView bias_view;
+  if (!bias.empty()) {
+    bias_view = TensorView(const_cast<float*>(bias.data()), DType::f32, {static_cast<int64_t>(bias.size())});
+  }
+  linear(x.view(), view_of(w, packed), bias.empty() ? nullptr : &bias_view, y.view(), default_executor());
+  return y;
+}
+
+class LinearTest : public testing::TestWithParam<std::tuple<Isa, std::string>> {};
+
+TEST_P(LinearTest, MeetsTheBoundForEveryTile) {
+  const auto& [isa, element] = GetParam();
+  const IsaGuard guard(isa);
+  std::mt19937 random(7);
+  const std::string tails[] = {":row:fp32", ":g32:e8m0", ":g16:e4m3", ":g64:fp16", ":g48:bf16"};
+  int tail = 0;
+  // Whole blocks, ragged rows and columns, and a last group of less than a unit.
+  for (const auto& [n, k] : {std::pair<int64_t, int64_t>{32, 128}, {19, 83}, {1, 1}, {48, 208}, {17, 330}}) {
+    const Format format = Format::parse(element + tails[tail++]);
+    Matrix w = test::random_matrix(format, n, k, random);
+    std::vector<float> bias(static_cast<size_t>(n));
+    for (float& b : bias) b = std::uniform_real_distribution<float>(-1, 1)(random);
+    for (const int64_t m : {1, 2, 3, 4, 5, 8, 9, 13, 25, 100}) {
+      if (m > 13 && n != 19) continue;  // more than one pass over the rows
+      for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
+        Activations x = random_activations(dtype, m, k, random);
+        const Activations y = run(w, x, m % 2 == 0 ? bias : std::vector<float>{}, dtype);
+        EXPECT_LE(worst_ratio(w, x, y, m % 2 == 0 ? bias : std::vector<float>{}), 1.0)
+            << format.str() << " M=" << m << " N=" << n << " K=" << k << " " << dtype_name(dtype);
+      }
+    }
+  }
+}
+
+TEST_P(LinearTest, GradientMatchesFloat64) {
+  const auto& [isa, element] = GetParam();
+  const IsaGuard guard(isa);
+  std::mt19937 random(11);
+  for (const auto& [n, k] : {std::pair<int64_t, int64_t>{37, 83}, {16, 32}, {300, 20}}) {
+    const Format format = Format::parse(element + ":g32:fp16");
+    Matrix w = test::random_matrix(format, n, k, random);
+    const Buffer packed = packed_copy(w);
+    const std::vector<double> weights = w.weights();
+    for (const int64_t m : {1, 9}) {
+      Activations dy = random_activations(DType::f32, m, n, random);
+      Activations dx(DType::f32, m, k);
+      linear_backward_input(dy.view(), view_of(w, packed), dx.view(), default_executor());
+      for (int64_t i = 0; i < m; ++i) {
+        for (int64_t col = 0; col < k; ++col) {
+          double expected = 0;
+          double magnitude = 0;
+          for (int64_t row = 0; row < n; ++row) {
+            const double term = dy.values[static_cast<size_t>(i * n + row)] *
+                                weights[static_cast<size_t>(row * k + col)];
+            expected += term;
+            magnitude += std::abs(term);
+          }
+          // One rounding of the scaled weight more than the forward pass.
+          const double tolerance = 0x1p-24 * (18 + static_cast<double>(n) / 16) * magnitude;
+          ASSERT_NEAR(dx.read(i, col), expected, tolerance) << format.str() << " " << i << " " << col;
+        }
+      }
+    }
+  }
+}
+
+class PackTest : public testing::TestWithParam<std::string> {};
+INSTANTIATE_TEST_SUITE_P(All, PackTest, testing::ValuesIn(test::all_elements()),
+                         [](const auto& suite) { return suite.param; });
+
+TEST_P(PackTest, UnpackGivesBackWhatWasPacked) {
+  const std::string& element = GetParam();
+  std::mt19937 random(3);
+  for (const char* tail : {":row:fp32", ":g16:e4m3", ":g32:e8m0", ":g128:fp16"}) {
+    for (const auto& [n, k] : {std::pair<int64_t, int64_t>{16, 64}, {1, 1}, {35, 1100}, {18, 131}}) {
+      Matrix matrix = test::random_matrix(Format::parse(element + tail), n, k, random);
+      const Buffer packed = packed_copy(matrix);
+      Matrix back(matrix.format, n, k);
+      std::fill(back.codes.begin(), back.codes.end(), uint8_t{0xa5});
+      unpack(view_of(matrix, packed), back.view(), default_executor());
+      EXPECT_EQ(back.codes, matrix.codes);
+      EXPECT_EQ(back.scales, matrix.scales);
+      EXPECT_EQ(back.zeros, matrix.zeros);
+      EXPECT_EQ(back.global_scale, matrix.global_scale);
+      // Packed bytes: dense where the shape is whole blocks.
+      if (n % 16 == 0 && k % 64 == 0) {
+        EXPECT_LE(packed.size(), static_cast<size_t>(canonical_bytes(matrix.format, n, k).total()) + 4 * 64);
+      }
+      std::vector<float> gathered(static_cast<size_t>(2 * k));
+      const int64_t rows[] = {n - 1, 0};
+      gather_rows(view_of(matrix, packed), rows, 2, TensorView(gathered.data(), DType::f32, {2, k}),
+                  default_executor());
+      const std::vector<double> weights = matrix.weights();
+      for (int64_t col = 0; col < k; ++col) {
+        EXPECT_FLOAT_EQ(gathered[static_cast<size_t>(col)],
+                        static_cast<float>(weights[static_cast<size_t>((n - 1) * k + col)]));
+        EXPECT_FLOAT_EQ(gathered[static_cast<size_t>(k + col)], static_cast<float>(weights[static_cast<size_t>(col)]));
+      }
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(All, LinearTest,
+                         testing::Combine(testing::ValuesIn(test::supported_isas()),
+                                          testing::ValuesIn(test::all_elements())),
+                         [](const auto& suite) {
+                           return std::string(isa_name(std::get<0>(suite.param))) + "_" + std::get<1>(suite.param);
+                         });
+
+class LinearIsaTest : public testing::TestWithParam<Isa> {};
+INSTANTIATE_TEST_SUITE_P(All, LinearIsaTest, testing::ValuesIn(test::supported_isas()),
+                         [](const auto& suite) { return std::string(isa_name(suite.param)); });
+
+// Sums whose rounding errors all point the same way: the worst case that the block length must bound.
+TEST_P(LinearIsaTest, BoundHoldsForSystematicRounding) {
+  const IsaGuard guard(GetParam());
+  for (const char* name : {"int8:row:fp32", "fp6_e2m3:g128:fp16", "int4:g64:fp16"}) {
+    const Format format = Format::parse(name);
+    for (const int64_t k : {16, 48, 256, 4096}) {
+      Matrix w(format, 16, k);
+      for (int64_t row = 0; row < 16; ++row) {
+        for (int64_t col = 0; col < k; ++col) {
+          w.set_code(row, col, 3);
+          w.set_scale(row, col, 1.0f / 3.0f);
+        }
+      }
+      for (const int64_t m : {1, 2, 4, 8, 16}) {
+        for (const float value : {1.0f / 3.0f, 0.7f, 1.0000001f}) {
+          Activations x(DType::f32, m, k);
+          for (int64_t i = 0; i < m; ++i) {
+            for (int64_t col = 0; col < k; ++col) x.set(i, col, value * static_cast<float>(i + 1));
+          }
+          const Activations y = run(w, x, {}, DType::f32);
+          EXPECT_LE(worst_ratio(w, x, y, {}), 1.0) << name << " M=" << m << " K=" << k << " x=" << value;
+        }
+      }
+    }
+  }
+}
+
+TEST_P(LinearIsaTest, BoundHoldsForExtremeScalesAndSubnormals) {
+  const IsaGuard guard(GetParam());
+  std::mt19937 random(5);
+  for (const char* name : {"fp8_e4m3:row:fp32", "fp6_e2m3:g32:fp32", "int4:g16:fp32", "nf4:g64:fp32",
+                           "fp8_e5m2:g32:e8m0", "fp4_e2m1:g32:e8m0", "fp8_e7m0:row:fp32", "uint8:g64:fp32"}) {
+    for (const float scale : {1e-40f, 1e-30f, 1e25f}) {
+      for (const float size : {1e-38f, 1e-20f, 1.0f}) {
+        Matrix w = test::random_matrix(Format::parse(name), 18, 70, random, scale);
+        for (const int64_t m : {1, 9}) {
+          Activations x = random_activations(DType::f32, m, 70, random, size);
+          const Activations y = run(w, x, {}, DType::f32);
+          EXPECT_LE(worst_ratio(w, x, y, {}), 1.0) << name << " scale " << scale << " x " << size << " M=" << m;
+        }
+      }
+    }
+  }
+}
+
+// The bound is only worth something if small faults break it.
+TEST_P(LinearIsaTest, PlantedFaultsBreakTheBound) {
+  const IsaGuard guard(GetParam());
+  std::mt19937 random(13);
+  const Format format = Format::parse("fp6_e2m3:g64:fp16");
+  for (const int64_t m : {1, 5, 9}) {
+    const int64_t n = 33;
+    const int64_t k = 203;
+    Matrix w = test::random_matrix(format, n, k, random);
+    Activations x = random_activations(DType::f32, m, k, random);
+    ASSERT_LE(worst_ratio(w, x, run(w, x, {}, DType::f32), {}), 1.0);
+
+    Matrix one_code = w;
+    one_code.set_code(n - 1, 100, w.code(n - 1, 100) ^ 1);
+    EXPECT_GT(worst_ratio(w, x, run(one_code, x, {}, DType::f32), {}), 1.0) << "one code off by its last bit";
+
+    Matrix last_element = w;
+    last_element.set_code(n - 1, k - 1, w.code(n - 1, k - 1) ^ 32);
+    EXPECT_GT(worst_ratio(w, x, run(last_element, x, {}, DType::f32), {}), 1.0) << "the last element negated";
+
+    Matrix swapped = w;
+    swapped.set_scale(3, 0, w.scale(3, 64));
+    swapped.set_scale(3, 64, w.scale(3, 0));
+    EXPECT_GT(worst_ratio(w, x, run(swapped, x, {}, DType::f32), {}), 1.0) << "two scales swapped";
+
+    // The lowest of three bf16 terms of the activations left out, where it always has the product's sign.
+    Activations all_terms(DType::f32, m, k);
+    Activations two_terms(DType::f32, m, k);
+    for (int64_t i = 0; i < m; ++i) {
+      for (int64_t col = 0; col < k; ++col) {
+        const float sign = w.weight(2, col) < 0 ? -1.0f : 1.0f;
+        all_terms.set(i, col, sign * (1.0f + 0x1p-9f + 0x1p-18f));
+        two_terms.set(i, col, sign * (1.0f + 0x1p-9f));
+      }
+    }
+    EXPECT_GT(worst_ratio(w, all_terms, run(w, two_terms, {}, DType::f32), {}), 1.0) << "a bf16 term omitted";
+  }
+}
+
+TEST_P(LinearIsaTest, NanCodesAndScalesArrive) {
+  const IsaGuard guard(GetParam());
+  std::mt19937 random(17);
+  for (const int64_t m : {1, 12}) {
+    for (const int code : {0x7f, 0xff}) {
+      Matrix w = test::random_matrix(Format::parse("fp8_e4m3:g32:e8m0"), 20, 64, random);
+      w.set_code(5, 33, code);
+      w.scales[w.group_index(7, 0)] = 255;  // e8m0 NaN
+      Activations x = random_activations(DType::f32, m, 64, random);
+      const Activations y = run(w, x, {}, DType::f32);
+      for (int64_t n = 0; n < 20; ++n) EXPECT_EQ(std::isnan(y.read(0, n)), n == 5 || n == 7) << n;
+    }
+    Matrix w = test::random_matrix(Format::parse("fp8_e5m2:row:fp32"), 20, 64, random);
+    w.set_code(2, 3, 0x7c);  // +Inf
+    w.set_code(4, 3, 0x7d);  // NaN
+    Activations x = random_activations(DType::f32, m, 64, random);
+    const Activations y = run(w, x, {}, DType::f32);
+    EXPECT_TRUE(std::isinf(y.read(0, 2)));
+    EXPECT_TRUE(std::isnan(y.read(0, 4)));
+    EXPECT_TRUE(std::isfinite(y.read(0, 3)));
+  }
+}
+
+TEST_P(LinearIsaTest, StridedRowsAndOtherOutputTypes) {
+  const IsaGuard guard(GetParam());
+  std::mt19937 random(19);
+  Matrix w = test::random_matrix(Format::parse("fp6_e2m3:g32:fp16"), 20, 40, random);
+  const Buffer packed = packed_copy(w);
+  for (const int64_t m : {3, 11}) {
+    Activations wide = random_activations(DType::bf16, m, 64, random);
+    TensorView x = wide.view();
+    x.shape[1] = 40;  // rows of 40 in a matrix of 64
+    Activations y_wide(DType::f32, m, 32);
+    TensorView y = y_wide.view();
+    y.shape[1] = 20;
+    linear(x, view_of(w, packed), nullptr, y, default_executor());
+    const std::vector<double> weights = w.weights();
+    const std::vector<double> scales = scales_of(w);
+    for (int64_t i = 0; i < m; ++i) {
+      for (int64_t n = 0; n < 20; ++n) {
+        const test::Bound bound = test::linear_bound(weights.data() + n * 40, scales.data() + n * 40,
+                                                     wide.values.data() + i * 64, 40, 0, DType::f32);
+        EXPECT_LE(std::abs(y_wide.read(i, n) - bound.y64), bound.tolerance);
+      }
+      for (int64_t n = 20; n < 32; ++n) EXPECT_EQ(y_wide.read(i, n), 0) << "wrote past the row";
+    }
+  }
+}
+
+TEST(Linear, EmptyShapes) {
+  std::mt19937 random(23);
+  const Format format = Format::parse("fp6");
+  {
+    Matrix w = test::random_matrix(format, 4, 8, random);
+    Activations x(DType::f32, 0, 8);
+    EXPECT_NO_THROW(run(w, x, {}, DType::f32));
+  }
+  {
+    Matrix w(format, 0, 8);
+    Activations x(DType::f32, 3, 8);
+    EXPECT_NO_THROW(run(w, x, {}, DType::f32));
+  }
+  for (const int64_t m : {2, 10}) {
+    Matrix w(format, 3, 0);
+    Activations x(DType::f32, m, 0);
+    const Activations with_bias = run(w, x, {1.0f, 2.0f, 3.0f}, DType::f32);
+    EXPECT_EQ(with_bias.read(1, 2), 3.0);
+    EXPECT_EQ(run(w, x, {}, DType::f32).read(1, 2), 0.0);
+  }
+}
+
+TEST(Linear, RefusesWhatDoesNotFit) {
+  std::mt19937 random(29);
+  Matrix w = test::random_matrix(Format::parse("fp6"), 4, 8, random);
+  const Buffer packed = packed_copy(w);
+  std::vector<float> data(64);
+  const auto tensor = [&](std::initializer_list<int64_t> shape) { return TensorView(data.data(), DType::f32, shape); };
+  Executor& executor = default_executor();
+  const PackedView view = view_of(w, packed);
+  EXPECT_THROW(linear(tensor({2, 9}), view, nullptr, tensor({2, 4}), executor), InvalidArgument);
+  EXPECT_THROW(linear(tensor({2, 8}), view, nullptr, tensor({3, 4}), executor), InvalidArgument);
+  EXPECT_THROW(linear(tensor({2, 8}), view, nullptr, tensor({2, 5}), executor), InvalidArgument);
+  const TensorView bias = tensor({5});
+  EXPECT_THROW(linear(tensor({2, 8}), view, &bias, tensor({2, 4}), executor), InvalidArgument);
+  EXPECT_THROW(linear(TensorView(nullptr, DType::f32, {2, 8}), view, nullptr, tensor({2, 4}), executor),
+               InvalidArgument);
+  EXPECT_THROW(linear(TensorView(data.data(), DType::i32, {2, 8}), view, nullptr, tensor({2, 4}), executor),
+               InvalidArgument);
+  TensorView strided = tensor({2, 8});
+  strided.strides[1] = 2;
+  EXPECT_THROW(linear(strided, view, nullptr, tensor({2, 4}), executor), InvalidArgument);
+  PackedView unaligned = view;
+  unaligned.data += 1;
+  EXPECT_THROW(linear(tensor({2, 8}), unaligned, nullptr, tensor({2, 4}), executor), InvalidArgument);
+}
+
+}  // namespace
+}  // namespace ng
