@@ -7,18 +7,54 @@
 #include <sys/mount.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <cerrno>
 #include <csignal>
+#include <functional>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "io/temporary_directory.hpp"
 #include "narrowgauge/error.hpp"
 #include "narrowgauge/io.hpp"
+
+namespace {
+
+// Stands in for a call on this thread: returns the errno to fail with, or -1 to go on to the kernel.
+using Hook = std::function<int(int fd)>;
+thread_local const Hook* fsync_hook = nullptr;
+thread_local const Hook* close_hook = nullptr;
+
+class ScopedHook {
+ public:
+  ScopedHook(const Hook*& slot, Hook hook) : slot_(slot), hook_(std::move(hook)) { slot_ = &hook_; }
+  ~ScopedHook() { slot_ = nullptr; }
+  ScopedHook(const ScopedHook&) = delete;
+  ScopedHook& operator=(const ScopedHook&) = delete;
+
+ private:
+  const Hook*& slot_;
+  Hook hook_;
+};
+
+int call(const Hook* hook, long number, int fd) {
+  const int error = hook != nullptr ? (*hook)(fd) : -1;
+  if (error < 0) return static_cast<int>(syscall(number, fd));
+  if (number == SYS_close) syscall(number, fd);  // a close that fails has closed all the same
+  errno = error;
+  return -1;
+}
+
+}  // namespace
+
+// The executable's own definitions come before the C library's.
+extern "C" int fsync(int fd) { return call(fsync_hook, SYS_fsync, fd); }
+extern "C" int close(int fd) { return call(close_hook, SYS_close, fd); }
 
 namespace ng {
 namespace {
@@ -197,6 +233,76 @@ TEST(AtomicFile, AReadOnlyDirectoryIsAClearError) {
             EACCES);
   ASSERT_EQ(chmod(directory.path().c_str(), 0700), 0);
   EXPECT_EQ(read_text(directory / "x"), "old");
+}
+
+bool is_directory(int fd) {
+  struct stat status{};
+  return fstat(fd, &status) == 0 && S_ISDIR(status.st_mode);
+}
+
+TEST(AtomicFile, SyncsTheFileBeforeAndTheDirectoryAfterTheRename) {
+  const TemporaryDirectory directory;
+  const std::string path = directory / "x";
+  write_text(path, "old");
+  std::vector<std::string> calls;
+  const ScopedHook hook(fsync_hook, [&](int fd) {
+    calls.push_back((is_directory(fd) ? "directory " : "file ") + read_text(path));
+    return -1;
+  });
+  const std::string text = "new";
+  AtomicFile file(path);
+  file.write(std::as_bytes(std::span(text)));
+  file.commit();
+  EXPECT_EQ(calls, (std::vector<std::string>{"file old", "directory new"}));
+}
+
+TEST(AtomicFile, AFailedSyncLeavesTheOldFile) {
+  const TemporaryDirectory directory;
+  const std::string path = directory / "x";
+  write_text(path, "old");
+  const ScopedHook hook(fsync_hook, [](int) { return EIO; });
+  EXPECT_EQ(errno_of_write(path, {}), EIO);
+  EXPECT_EQ(read_text(path), "old");
+  EXPECT_EQ(directory.entries(), 1u);
+}
+
+TEST(AtomicFile, AFailedCloseLeavesTheOldFile) {
+  const TemporaryDirectory directory;
+  const std::string path = directory / "x";
+  write_text(path, "old");
+  {
+    const ScopedHook hook(close_hook, [](int fd) { return is_directory(fd) ? -1 : EDQUOT; });
+    EXPECT_EQ(errno_of_write(path, {}), EDQUOT);
+  }
+  EXPECT_EQ(read_text(path), "old");
+  EXPECT_EQ(directory.entries(), 1u);
+}
+
+TEST(AtomicFile, AFailedSyncOfTheDirectorySaysWhatItMeans) {
+  const TemporaryDirectory directory;
+  const std::string path = directory / "x";
+  int error_of_directory = EIO;
+  const ScopedHook hook(fsync_hook, [&](int fd) { return is_directory(fd) ? error_of_directory : -1; });
+  std::string message;
+  try {
+    write_safetensors(path, {}, {});
+  } catch (const SystemError& error) {
+    message = error.what();
+  }
+  EXPECT_NE(message.find("wrote " + path + ", but a crash may undo it"), std::string::npos) << message;
+  const SafetensorsFile file(path);
+
+  error_of_directory = EINVAL;  // a file system without fsync for directories
+  EXPECT_EQ(errno_of_write(path, {}), 0);
+}
+
+TEST(AtomicFile, SignalsInterruptNothing) {
+  const TemporaryDirectory directory;
+  int interruptions = 3;
+  const ScopedHook sync(fsync_hook, [&](int) { return interruptions-- > 0 ? EINTR : -1; });
+  const ScopedHook close(close_hook, [](int) { return EINTR; });
+  EXPECT_EQ(errno_of_write(directory / "x", {}), 0);
+  EXPECT_LT(interruptions, 0);
 }
 
 // A reader sees one whole file or the other, whatever writers do and whenever they die.
