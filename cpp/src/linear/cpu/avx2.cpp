@@ -14,9 +14,6 @@ inline __m256i load_256(const void* p) { return _mm256_loadu_si256(static_cast<c
 inline __m128i load_128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 
 inline V16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
-inline V16 load_bits(const uint32_t* p) {
-  return {_mm256_castsi256_ps(load_256(p)), _mm256_castsi256_ps(load_256(p + 8))};
-}
 inline void store(float* p, V16 v) {
   _mm256_storeu_ps(p, v.lo);
   _mm256_storeu_ps(p + 8, v.hi);
@@ -48,6 +45,33 @@ inline __m256i round_bf16(__m256 v) {
 inline void store_bf16(uint16_t* p, V16 v) {
   const __m256i packed = _mm256_packus_epi32(round_bf16(v.lo), round_bf16(v.hi));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+}
+
+inline __m256i widen_u8(const uint8_t* p) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+inline V16 load_u8(const uint8_t* p) {
+  return {_mm256_cvtepi32_ps(widen_u8(p)), _mm256_cvtepi32_ps(widen_u8(p + 8))};
+}
+// The exponent field of a float; code 0 is 2^-127, a subnormal, and 255 NaN: both have this one mantissa bit.
+inline __m256 half_e8m0(const uint8_t* p) {
+  const __m256i codes = widen_u8(p);
+  const __m256i ends = _mm256_or_si256(_mm256_cmpeq_epi32(codes, _mm256_setzero_si256()),
+                                       _mm256_cmpeq_epi32(codes, _mm256_set1_epi32(255)));
+  return _mm256_castsi256_ps(
+      _mm256_or_si256(_mm256_slli_epi32(codes, 23), _mm256_and_si256(ends, _mm256_set1_epi32(0x400000))));
+}
+inline V16 load_e8m0(const uint8_t* p) { return {half_e8m0(p), half_e8m0(p + 8)}; }
+// As a half, whose exponents are biased by 15 instead of 7: 2^-8 of the value.
+inline V16 load_e4m3(const uint8_t* p) {
+  const __m256i codes = _mm256_cvtepu8_epi16(load_128(p));
+  const __m256i magnitude = _mm256_and_si256(codes, _mm256_set1_epi16(0x7f));
+  const __m256i sign = _mm256_slli_epi16(_mm256_xor_si256(codes, magnitude), 8);
+  const __m256i nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f));
+  const __m256i half = _mm256_or_si256(_mm256_or_si256(_mm256_slli_epi16(magnitude, 7), sign),
+                                       _mm256_and_si256(nan, _mm256_set1_epi16(0x7fff)));
+  const V16 value = {_mm256_cvtph_ps(_mm256_castsi256_si128(half)), _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1))};
+  return mul(value, set1(0x1p8f));
 }
 
 constexpr int kDirectRows = 4;
@@ -135,18 +159,16 @@ inline __m256i pair_words(__m256i codes, int half) {
 
 // fp of 5 to 8 bits whose exponents a half has: the code's fields are moved into those of a half, which the hardware
 // converts exactly, subnormals included, and the difference of the biases is a power of two.
-template <int kBits>
+template <int kBits, bool kNanCode>
 struct HalfDecoder {
   static constexpr bool kUnsigned = false;
   __m128i exponent_shift;
-  __m256i fields, nan_from, nan_bits;
+  __m256i fields;
   __m256 unbias;
 
   explicit HalfDecoder(const ElementTables& tables)
       : exponent_shift(_mm_cvtsi32_si128(5 - tables.exponent_bits)),
-        fields(_mm256_set1_epi16(static_cast<short>(0x8000 | (0x7fff >> (5 - tables.exponent_bits))))),
-        nan_from(_mm256_set1_epi16(tables.nan_code ? 0x3f80 : 0x7fff)),
-        nan_bits(_mm256_set1_epi16(0x7fff)) {
+        fields(_mm256_set1_epi16(static_cast<short>(0x8000 | (0x7fff >> (5 - tables.exponent_bits))))) {
     uint32_t bits = static_cast<uint32_t>(127 + 15 - ((1 << (tables.exponent_bits - 1)) - 1)) << 23;
     float factor = 1.0f;
     __builtin_memcpy(&factor, &bits, sizeof factor);
@@ -157,9 +179,11 @@ struct HalfDecoder {
   // Two columns of eight rows.
   void convert(__m256i words, __m256* even, __m256* odd) const {
     __m256i halves = _mm256_and_si256(_mm256_sra_epi16(words, exponent_shift), fields);
-    const __m256i magnitude = _mm256_and_si256(halves, _mm256_set1_epi16(0x7fff));
-    const __m256i nan = _mm256_cmpeq_epi16(magnitude, nan_from);
-    halves = _mm256_or_si256(halves, _mm256_and_si256(nan, nan_bits));
+    if constexpr (kNanCode) {  // fp8_e4m3's all-ones magnitude
+      const __m256i magnitude = _mm256_and_si256(halves, _mm256_set1_epi16(0x7fff));
+      const __m256i nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x3f80));
+      halves = _mm256_or_si256(halves, _mm256_and_si256(nan, _mm256_set1_epi16(0x7fff)));
+    }
     const __m256 a = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));       // rows 0..3
     const __m256 b = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));  // rows 4..7
     const __m256 evens = _mm256_shuffle_ps(a, b, 0x88);
@@ -259,7 +283,10 @@ void find_pair_decoder(const ElementTables& tables, Use use) {
       const int half_exponents = kBits == 8 ? 5 : 4;
       if (tables.exponent_bits > half_exponents) return use(Tag<LookupDecoder<kBits>>{});
     }
-    return use(Tag<HalfDecoder<kBits>>{});
+    if constexpr (kBits == 8) {
+      if (tables.nan_code) return use(Tag<HalfDecoder<kBits, true>>{});
+    }
+    return use(Tag<HalfDecoder<kBits, false>>{});
   }
   if constexpr (kBits < 8) {
     if (tables.is_signed) return use(Tag<IntDecoder<kBits, true>>{});

@@ -11,7 +11,6 @@ namespace {
 using V16 = __m512;
 
 inline V16 load(const float* p) { return _mm512_loadu_ps(p); }
-inline V16 load_bits(const uint32_t* p) { return _mm512_castsi512_ps(_mm512_loadu_si512(p)); }
 inline void store(float* p, V16 v) { _mm512_storeu_ps(p, v); }
 inline V16 set1(float x) { return _mm512_set1_ps(x); }
 inline V16 add(V16 a, V16 b) { return _mm512_add_ps(a, b); }
@@ -34,6 +33,26 @@ inline void store_bf16(uint16_t* p, V16 v) {
   const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
   const __m512i kept = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+}
+
+inline __m128i load_128(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+inline V16 load_u8(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load_128(p))); }
+// The exponent field of a float; code 0 is 2^-127, a subnormal, and 255 NaN: both have this one mantissa bit.
+inline V16 load_e8m0(const uint8_t* p) {
+  const __m128i codes = load_128(p);
+  const __mmask16 ends = _mm_cmple_epu8_mask(_mm_add_epi8(codes, _mm_set1_epi8(1)), _mm_set1_epi8(1));
+  const __m512i bits = _mm512_slli_epi32(_mm512_cvtepu8_epi32(codes), 23);
+  return _mm512_castsi512_ps(_mm512_mask_or_epi32(bits, ends, bits, _mm512_set1_epi32(0x400000)));
+}
+// As a half, whose exponents are biased by 15 instead of 7: 2^-8 of the value.
+inline V16 load_e4m3(const uint8_t* p) {
+  const __m256i codes = _mm256_cvtepu8_epi16(load_128(p));
+  const __m256i magnitude = _mm256_and_si256(codes, _mm256_set1_epi16(0x7f));
+  const __m256i sign = _mm256_slli_epi16(_mm256_xor_si256(codes, magnitude), 8);
+  const __m256i nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f));
+  const __m256i half = _mm256_or_si256(_mm256_or_si256(_mm256_slli_epi16(magnitude, 7), sign),
+                                       _mm256_and_si256(nan, _mm256_set1_epi16(0x7fff)));
+  return _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(0x1p8f));
 }
 
 constexpr int kDirectRows = 8;

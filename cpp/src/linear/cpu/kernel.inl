@@ -2,7 +2,8 @@
 // define, in an unnamed namespace, and then include this file:
 //
 //   V16                       16 floats: load, store, set1, add, mul, sub, fma(a, b, c) = a * b + c
-//   load_f16(p)               16 halves as floats;  store_f16(p, v) rounds to nearest even
+//   load_f16, load_bf16, load_e8m0, load_e4m3, load_u8     16 numbers as floats, exactly (all NaN codes arrive as NaN)
+//   store_f16, store_bf16     round to nearest even
 //   kDirectRows               the most rows of x in a direct kernel's registers: 4 or 8
 //   kTileRows, kPanelBlocks   shape of the register tile of multiply_panel
 //   a decoder D               D(tables); template <int Q> void decode(const uint8_t* unit, V16 out[4]) const:
@@ -16,51 +17,18 @@
 
 V16 load_scales(const Weights& w, int64_t block, int64_t group) {
   const int64_t at = (block * w.groups + group) * 16;
-  V16 scale = set1(0.0f);
   switch (w.scale) {
-    case Scale::fp32:
-      scale = load(static_cast<const float*>(w.scales) + at);
-      break;
-    case Scale::fp16:
-      scale = load_f16(static_cast<const uint16_t*>(w.scales) + at);
-      break;
-    case Scale::bf16: {
-      scale = load_bf16(static_cast<const uint16_t*>(w.scales) + at);
-      break;
-    }
-    case Scale::e8m0: {
-      // Exponent 0 is 2^-127, a float subnormal; 255 is NaN.
-      const uint8_t* codes = static_cast<const uint8_t*>(w.scales) + at;
-      alignas(64) uint32_t bits[16];
-      for (int i = 0; i < 16; ++i) {
-        const uint32_t shifted = static_cast<uint32_t>(codes[i]) << 23;
-        bits[i] = codes[i] == 0 ? 0x00400000u : codes[i] == 255 ? 0x7fc00000u : shifted;
-      }
-      scale = load_bits(bits);
-      break;
-    }
-    case Scale::e4m3: {
-      // As halves with the exponent bias of 15 instead of 7: 2^-8 of the value.
-      const uint8_t* codes = static_cast<const uint8_t*>(w.scales) + at;
-      alignas(32) uint16_t halves[16];
-      for (int i = 0; i < 16; ++i) {
-        const unsigned magnitude = codes[i] & 0x7fu;
-        const unsigned half = magnitude == 0x7fu ? 0x7fffu : magnitude << 7;
-        halves[i] = static_cast<uint16_t>(((codes[i] & 0x80u) << 8) | half);
-      }
-      scale = mul(load_f16(halves), set1(0x1p8f));
-      scale = mul(scale, set1(w.global_scale));
-      break;
-    }
+    case Scale::fp32: return load(static_cast<const float*>(w.scales) + at);
+    case Scale::fp16: return load_f16(static_cast<const uint16_t*>(w.scales) + at);
+    case Scale::bf16: return load_bf16(static_cast<const uint16_t*>(w.scales) + at);
+    case Scale::e8m0: return load_e8m0(static_cast<const uint8_t*>(w.scales) + at);
+    case Scale::e4m3: break;
   }
-  return scale;
+  return mul(load_e4m3(static_cast<const uint8_t*>(w.scales) + at), set1(w.global_scale));
 }
 
 V16 load_zeros(const Weights& w, int64_t block, int64_t group) {
-  const uint8_t* zeros = w.zeros + (block * w.groups + group) * 16;
-  alignas(64) float values[16];
-  for (int i = 0; i < 16; ++i) values[i] = static_cast<float>(zeros[i]);
-  return load(values);
+  return load_u8(w.zeros + (block * w.groups + group) * 16);
 }
 
 void store_columns(const float* sums, const Output& out, int64_t row, int64_t col) {

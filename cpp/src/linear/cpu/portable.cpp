@@ -15,11 +15,6 @@ inline V16 load(const float* p) {
   __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
-inline V16 load_bits(const uint32_t* p) {
-  V16 v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
 inline void store(float* p, V16 v) { __builtin_memcpy(p, &v, sizeof v); }
 inline V16 set1(float x) { return V16{} + x; }
 inline V16 add(V16 a, V16 b) { return a + b; }
@@ -62,6 +57,11 @@ inline uint16_t float_to_half(float value) {
   }
   return static_cast<uint16_t>(sign | half);
 }
+inline V16 from_bits(const uint32_t* bits) {
+  V16 v;
+  __builtin_memcpy(&v, bits, sizeof v);
+  return v;
+}
 inline V16 load_f16(const uint16_t* p) {
   float values[16];
   for (int i = 0; i < 16; ++i) values[i] = half_to_float(p[i]);
@@ -73,7 +73,29 @@ inline void store_f16(uint16_t* p, V16 v) {
 inline V16 load_bf16(const uint16_t* p) {
   uint32_t bits[16];
   for (int i = 0; i < 16; ++i) bits[i] = static_cast<uint32_t>(p[i]) << 16;
-  return load_bits(bits);
+  return from_bits(bits);
+}
+inline V16 load_u8(const uint8_t* p) {
+  float values[16];
+  for (int i = 0; i < 16; ++i) values[i] = static_cast<float>(p[i]);
+  return load(values);
+}
+// The exponent field of a float; code 0 is 2^-127, a subnormal, and 255 NaN: both have this one mantissa bit.
+inline V16 load_e8m0(const uint8_t* p) {
+  uint32_t bits[16];
+  for (int i = 0; i < 16; ++i) {
+    bits[i] = (static_cast<uint32_t>(p[i]) << 23) | (p[i] == 0 || p[i] == 255 ? 0x400000u : 0u);
+  }
+  return from_bits(bits);
+}
+// As a half, whose exponents are biased by 15 instead of 7: 2^-8 of the value.
+inline V16 load_e4m3(const uint8_t* p) {
+  uint16_t halves[16];
+  for (int i = 0; i < 16; ++i) {
+    const int magnitude = p[i] & 0x7f;
+    halves[i] = static_cast<uint16_t>((p[i] & 0x80) << 8 | (magnitude == 0x7f ? 0x7fff : magnitude << 7));
+  }
+  return load_f16(halves) * 0x1p8f;
 }
 inline void store_bf16(uint16_t* p, V16 v) {
   uint32_t bits[16];
