@@ -168,8 +168,9 @@ void JsonReader::escape(std::string& out) {
 uint32_t JsonReader::hex4() {
   const std::string_view digits = text_.substr(position_, 4);
   uint32_t code = 0;
-  const char* const last = digits.data() + digits.size();
-  const auto [end, error] = std::from_chars(digits.data(), last, code, 16);
+  const char* const first = digits.data();
+  const char* const last = first + digits.size();
+  const auto [end, error] = std::from_chars(first, last, code, 16);
   if (digits.size() < 4 || error != std::errc() || end != last) fail_expected("four hexadecimal digits");
   position_ += 4;
   return code;
@@ -205,10 +206,11 @@ JsonNumber JsonReader::number() {
 
   JsonNumber out;
   out.text = text_.substr(begin, position_ - begin);
-  const char* const last = out.text.data() + out.text.size();
+  const char* const first = out.text.data();
+  const char* const last = first + out.text.size();
   int64_t integer = 0;
-  if (integral && std::from_chars(out.text.data(), last, integer).ec == std::errc()) out.integer = integer;
-  if (std::from_chars(out.text.data(), last, out.real).ec != std::errc()) {
+  if (integral && std::from_chars(first, last, integer).ec == std::errc()) out.integer = integer;
+  if (std::from_chars(first, last, out.real).ec != std::errc()) {
     fail("number " + printable(out.text) + " is outside the range of a double");
   }
   return out;

@@ -103,12 +103,9 @@ Entry read_entry(JsonReader& json, const std::string& name) {
       json.skip();  // as the format's own reader does
     }
   });
-  const auto require = [&](bool present, const char* key) {
-    if (!present) json.fail(concat("tensor ", printable(name), " has no ", key));
-  };
-  require(dtype.has_value(), "dtype");
-  require(shape.has_value(), "shape");
-  require(offsets.has_value(), "data_offsets");
+  if (!dtype || !shape || !offsets) {
+    json.fail(concat("tensor ", printable(name), " has no ", !dtype ? "dtype" : !shape ? "shape" : "data_offsets"));
+  }
   if (offsets->size() != 2 || (*offsets)[0] > (*offsets)[1]) {
     json.fail(concat("tensor ", printable(name), " has data_offsets ", shape_str(*offsets), "; expected [begin, end]"));
   }

@@ -335,6 +335,7 @@ TEST(AtomicFile, ThreadsThatWriteOneNameEachWriteAWholeFile) {
   const TemporaryDirectory directory;
   const std::string path = directory / "x";
   std::vector<std::thread> threads;
+  threads.reserve(4);
   for (int i = 0; i < 4; ++i) {
     threads.emplace_back([&path, i] {
       const std::vector<std::byte> bytes(10'000 + static_cast<size_t>(i), static_cast<std::byte>(i));
