@@ -21,9 +21,9 @@ class Executor {
   virtual ~Executor() = default;
 
   // Threads that take part in a call, the caller included.
-  virtual int threads() const noexcept = 0;
+  virtual int threads() const = 0;
 
-  // pre: threads >= 1. Takes effect with the next call. Throws InvalidArgument.
+  // Takes effect with the next call. Throws InvalidArgument unless threads >= 1, SystemError if the system gives none.
   virtual void set_threads(int threads) = 0;
 
   // Splits [0, count) into chunks of at least `grain` (the last may be shorter), runs them on all threads and
@@ -42,7 +42,8 @@ class Executor {
   virtual void run(int64_t count, int64_t grain, Body body, const void* context) = 0;
 };
 
-// A pool of its own; `threads` counts the caller.
+// A pool of its own; `threads` counts the caller. Throws InvalidArgument, or SystemError if the system gives no
+// threads.
 std::unique_ptr<Executor> make_pool(int threads);
 
 // The process's executor. Starts as a pool of one thread per usable core.

@@ -33,8 +33,9 @@ class Buffer {
 // kernel without them ignores it.
 void advise_huge_pages(void* data, size_t bytes) noexcept;
 
-// Reads every cache line of [data, data + bytes) once, in long chunks on all threads, and returns a value that
-// depends on all of them. The time that it takes is the limit for anything that must read those bytes.
+// Reads [data, data + bytes) once, whole lines of 64 bytes, in long chunks on all threads, and returns the sum of its
+// 64-bit words. The time that it takes is the limit for anything that must read those bytes. Throws InvalidArgument
+// unless data is aligned to 8.
 uint64_t stream_read(const void* data, size_t bytes, Executor& executor);
 
 }  // namespace ng

@@ -13,6 +13,7 @@
 #include <atomic>
 #include <cstring>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -61,7 +62,7 @@ class Pool final : public Executor {
   explicit Pool(int threads) { start(threads); }
   ~Pool() override { stop(); }
 
-  int threads() const noexcept override { return threads_.load(std::memory_order_relaxed); }
+  int threads() const override { return threads_.load(std::memory_order_relaxed); }
 
   void set_threads(int threads) override {
     const std::lock_guard lock(mutex_);
@@ -84,7 +85,13 @@ class Pool final : public Executor {
              kInside - 1, " threads, got ", threads);
     stopping_.store(false);
     workers_.reserve(static_cast<size_t>(threads - 1));
-    for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { serve(); });
+    try {
+      for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { serve(); });
+    } catch (const std::system_error& error) {
+      stop();
+      threads_.store(1, std::memory_order_relaxed);
+      throw SystemError(error.code().value(), concat("cannot start ", threads, " threads: ", error.what()));
+    }
     threads_.store(threads, std::memory_order_relaxed);
   }
 
@@ -192,7 +199,7 @@ class OpenMp final : public Executor {
  public:
   explicit OpenMp(OpenMpRuntime runtime) : runtime_(std::move(runtime)) {}
 
-  int threads() const noexcept override { return runtime_.max_threads(); }
+  int threads() const override { return runtime_.max_threads(); }
 
   void set_threads(int threads) override {
     NG_CHECK(threads >= 1, InvalidArgument, "an executor needs at least 1 thread, got ", threads);
@@ -247,7 +254,7 @@ class Current final : public Executor {
     return *current;
   }
 
-  int threads() const noexcept override { return form().threads(); }
+  int threads() const override { return form().threads(); }
   void set_threads(int threads) override { form().set_threads(threads); }
   std::string name() const override { return form().name(); }
 

@@ -50,6 +50,8 @@ uint64_t stream_read(const void* data, size_t bytes, Executor& executor) {
   constexpr int64_t kGrain = (int64_t{1} << 20) / static_cast<int64_t>(kCacheLine);
   // Two cache lines in flight per step, summed in eight independent lanes, which compilers vectorise.
   constexpr size_t kWords = 2 * kCacheLine / sizeof(uint64_t);
+  NG_CHECK(reinterpret_cast<uintptr_t>(data) % sizeof(uint64_t) == 0, InvalidArgument, "stream_read: data at address ",
+           data, "; expected alignment to 8 bytes");
   const auto* base = static_cast<const std::byte*>(data);
   const auto lines = static_cast<int64_t>(bytes / kCacheLine);
   std::atomic<uint64_t> total{0};

@@ -10,19 +10,8 @@
 namespace ng {
 namespace {
 
+using test::IsaGuard;
 using test::Matrix;
-
-// Restores the instruction set that a test forces.
-class IsaGuard {
- public:
-  explicit IsaGuard(Isa forced) : before_(isa()) { force_isa(forced); }
-  ~IsaGuard() { force_isa(before_); }
-  IsaGuard(const IsaGuard&) = delete;
-  IsaGuard& operator=(const IsaGuard&) = delete;
-
- private:
-  Isa before_;
-};
 
 Buffer packed_copy(Matrix& matrix) {
   Buffer packed(static_cast<size_t>(packed_bytes(matrix.format, matrix.rows, matrix.cols)));

@@ -138,6 +138,18 @@ inline std::vector<Isa> supported_isas() {
   return isas;
 }
 
+// Restores the instruction set that a test forces.
+class IsaGuard {
+ public:
+  explicit IsaGuard(Isa forced) : before_(isa()) { force_isa(forced); }
+  ~IsaGuard() { force_isa(before_); }
+  IsaGuard(const IsaGuard&) = delete;
+  IsaGuard& operator=(const IsaGuard&) = delete;
+
+ private:
+  Isa before_;
+};
+
 inline double unit_roundoff(DType dtype) {
   return dtype == DType::f32 ? 0x1p-24 : dtype == DType::f16 ? 0x1p-11 : 0x1p-8;
 }

@@ -1,0 +1,125 @@
+// The executor: every index once, calls from many threads, sleep and wake, change of size, fork.
+#include "narrowgauge/executor.hpp"
+
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+#include <numeric>
+#include <thread>
+#include <vector>
+
+#include "narrowgauge/error.hpp"
+#include "narrowgauge/memory.hpp"
+
+namespace ng {
+namespace {
+
+// Runs over [0, count) and checks that each index is visited once, in chunks that start at multiples of the grain.
+void check_covers(Executor& executor, int64_t count, int64_t grain) {
+  std::vector<std::atomic<int>> visits(static_cast<size_t>(count));
+  std::atomic<bool> aligned{true};
+  executor.parallel_for(count, grain, [&](int64_t begin, int64_t end) {
+    if (begin % grain != 0 || begin >= end) aligned = false;
+    for (int64_t i = begin; i < end; ++i) visits[static_cast<size_t>(i)].fetch_add(1, std::memory_order_relaxed);
+  });
+  EXPECT_TRUE(aligned);
+  for (const auto& visit : visits) ASSERT_EQ(visit.load(), 1);
+}
+
+TEST(Executor, VisitsEveryIndexOnce) {
+  for (const int threads : {1, 2, 3, 8}) {
+    const auto pool = make_pool(threads);
+    EXPECT_EQ(pool->threads(), threads);
+    for (const int64_t count : {0, 1, 2, 7, 64, 1000, 4097}) {
+      for (const int64_t grain : {1, 3, 64, 5000}) check_covers(*pool, count, grain);
+    }
+  }
+}
+
+TEST(Executor, WritesAreVisibleToTheCaller) {
+  const auto pool = make_pool(4);
+  std::vector<int64_t> values(10000);
+  for (int round = 0; round < 200; ++round) {
+    pool->parallel_for(static_cast<int64_t>(values.size()), 16, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) values[static_cast<size_t>(i)] = i + round;
+    });
+    const int64_t sum = std::accumulate(values.begin(), values.end(), int64_t{0});
+    ASSERT_EQ(sum, 10000 * 9999 / 2 + 10000 * static_cast<int64_t>(round));
+  }
+}
+
+TEST(Executor, CallsFromSeveralThreadsQueue) {
+  const auto pool = make_pool(3);
+  std::vector<std::thread> callers;
+  for (int i = 0; i < 6; ++i) {
+    callers.emplace_back([&] {
+      for (int round = 0; round < 100; ++round) check_covers(*pool, 333, 10);
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+}
+
+TEST(Executor, WakesSleepingWorkers) {
+  const auto pool = make_pool(3);
+  for (int round = 0; round < 20; ++round) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));  // far beyond the spin
+    check_covers(*pool, 100, 1);
+  }
+}
+
+TEST(Executor, ChangesSize) {
+  const auto pool = make_pool(2);
+  for (const int threads : {5, 1, 3}) {
+    pool->set_threads(threads);
+    EXPECT_EQ(pool->threads(), threads);
+    check_covers(*pool, 1000, 1);
+  }
+  EXPECT_THROW(pool->set_threads(0), InvalidArgument);
+  EXPECT_THROW(make_pool(-1), InvalidArgument);
+  check_covers(*pool, 1000, 1);
+}
+
+TEST(Executor, DefaultWorksInAForkedChild) {
+  check_covers(default_executor(), 1000, 1);
+  const pid_t child = fork();
+  ASSERT_GE(child, 0);
+  if (child == 0) {
+    std::atomic<int64_t> sum{0};
+    default_executor().parallel_for(1000, 1, [&](int64_t begin, int64_t end) { sum += end - begin; });
+    const bool refuses = !adopt_openmp().empty();
+    _exit(sum == 1000 && refuses ? 0 : 1);
+  }
+  int status = 0;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+  check_covers(default_executor(), 1000, 1);
+}
+
+TEST(Executor, StreamReadSeesEveryByte) {
+  const auto pool = make_pool(2);
+  Buffer buffer((size_t{3} << 20) + 64);
+  auto* words = reinterpret_cast<uint64_t*>(buffer.data());
+  const size_t count = buffer.size() / sizeof(uint64_t);
+  std::iota(words, words + count, uint64_t{1});
+  EXPECT_EQ(stream_read(buffer.data(), buffer.size(), *pool), uint64_t{count} * (count + 1) / 2);
+}
+
+TEST(Buffer, AlignedAndMovable) {
+  for (const size_t bytes : {size_t{0}, size_t{1}, size_t{100}, size_t{5} << 20}) {
+    Buffer buffer(bytes);
+    EXPECT_EQ(buffer.size(), bytes);
+    EXPECT_EQ(reinterpret_cast<uintptr_t>(buffer.data()) % 64, 0u);
+    std::byte* data = buffer.data();
+    Buffer moved = std::move(buffer);
+    EXPECT_EQ(moved.data(), data);
+    EXPECT_EQ(moved.size(), bytes);
+  }
+  EXPECT_THROW(Buffer(~size_t{0}), OutOfMemory);
+  EXPECT_THROW(Buffer(size_t{1} << 60), OutOfMemory);
+}
+
+}  // namespace
+}  // namespace ng
