@@ -333,8 +333,8 @@ def load_model(
             raise ValueError(f"'{full}' is narrow in {file.path}, but the layer is a {type(old).__name__}")
         if tuple(old.weight.shape) != tuple(entries[name]["shape"]):
             raise ValueError(f"'{full}' is {entries[name]['shape']} in {file.path}, but {list(old.weight.shape)} here")
-        if isinstance(old, (torch.nn.Embedding, Embedding)) and embeddings.get(full) not in FLOATS:
-            raise FileCorrupt(f"{file.path}: the dtype of the embedding '{full}' is missing or unknown")
+        if embeddings.get(full, FLOATS[0]) not in FLOATS:
+            raise FileCorrupt(f"{file.path}: the embedding '{full}' has the unknown dtype {embeddings[full]!r}")
         targets.pop(full, None)
         targets.pop(f"{full.removesuffix('weight')}packed", None)
     for name in plain:
@@ -378,7 +378,9 @@ def load_model(
             if isinstance(old, (torch.nn.Linear, Linear)):
                 new = Linear(loaded[name], old.bias)
             else:
-                new = Embedding(loaded[name], getattr(torch, embeddings[full]), old.padding_idx)
+                yields = old.dtype if isinstance(old, Embedding) else old.weight.dtype
+                yields = getattr(torch, embeddings[full]) if full in embeddings else yields
+                new = Embedding(loaded[name], yields, old.padding_idx)
             _replace(model, path, new.train(old.training))
         for name in plain:
             dtype, shape, size = file.info(name)

@@ -5,7 +5,8 @@
     narrowgauge::gather(indices, packed, format, n, k, dtype)  rows of w
 
 `packed` is the block of a packed QTensor, `n` and `k` its rows and columns. The block is frozen: no gradient flows
-to it. Importing this module imports torch and registers the operators.
+to it. torch.vmap over x and double backward work; torch.func.grad does not (torch: no autograd registered this way
+does; use torch.autograd.grad). Importing this module imports torch and registers the operators.
 """
 
 from __future__ import annotations

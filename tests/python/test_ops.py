@@ -1,0 +1,110 @@
+"""The registered operators: opcheck, torch.compile, export, fake tensors."""
+
+import narrowgauge as ng
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+@pytest.fixture
+def q() -> ng.QTensor:
+    torch.manual_seed(0)
+    return ng.quantize(torch.randn(48, 96), ng.fp6).pack()
+
+
+def weights(q: ng.QTensor) -> tuple[str, int, int]:
+    return str(q.format), q.rows, q.cols
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck_linear(q: ng.QTensor, bias: bool, dtype: torch.dtype) -> None:
+    x = torch.randn(2, 3, 96, dtype=dtype, requires_grad=True)
+    b = torch.randn(48, dtype=dtype, requires_grad=True) if bias else None
+    torch.library.opcheck(ng.ops.linear, (x, q.packed, b, *weights(q)))
+
+
+def test_opcheck_linear_backward(q: ng.QTensor) -> None:
+    dy = torch.randn(2, 48, requires_grad=True)
+    torch.library.opcheck(ng.ops.linear_backward, (dy, q.packed, *weights(q)))
+
+
+def test_opcheck_gather(q: ng.QTensor) -> None:
+    torch.library.opcheck(ng.ops.gather, (torch.tensor([[1, 2], [47, 0]]), q.packed, *weights(q), torch.bfloat16))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile(q: ng.QTensor, backend: str) -> None:
+    torch._dynamo.reset()
+    bias = torch.randn(48)
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(ng.linear(x * 2, q, bias)) + 1
+
+    x = torch.randn(5, 96)
+    compiled = torch.compile(f, fullgraph=True, backend=backend)
+    assert torch.allclose(compiled(x), f(x), atol=1e-5)
+    assert torch.allclose(compiled(x[:3]), f(x[:3]), atol=1e-5)  # another size: dynamic shapes
+
+
+def test_compile_trains(q: ng.QTensor) -> None:
+    torch._dynamo.reset()
+    layer = ng.nn.Linear(q, torch.randn(48))
+    model = torch.nn.Sequential(torch.nn.Linear(96, 96), layer)
+    x = torch.randn(4, 96)
+    model(x).square().sum().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    torch.compile(model, fullgraph=True, backend="aot_eager")(x).square().sum().backward()
+    for parameter, grad in zip(model.parameters(), expected, strict=True):
+        assert torch.allclose(parameter.grad, grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(q: ng.QTensor, strict: bool) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(96, 96), ng.nn.Linear(q)).eval()
+    x = torch.randn(4, 96)
+    program = torch.export.export(model, (x,), strict=strict)
+    assert "narrowgauge.linear" in program.graph_module.code
+    assert torch.allclose(program.module()(x), model(x))
+
+
+def test_embedding_compiles(q: ng.QTensor) -> None:
+    torch._dynamo.reset()
+    embedding = ng.nn.Embedding(q, torch.bfloat16)
+    indices = torch.tensor([[3, 1, 3]])
+    compiled = torch.compile(embedding, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(indices), embedding(indices))
+
+
+def test_fake_tensors(q: ng.QTensor) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(7, 96, dtype=torch.bfloat16)
+        y = ng.linear(x, q)
+        assert y.shape == (7, 48) and y.dtype == torch.bfloat16
+        assert ng.nn.Embedding(q, torch.float16)(torch.zeros(2, 3, dtype=torch.int64)).shape == (2, 3, 96)
+    with pytest.raises(ValueError, match="x has no memory behind it"):
+        ng._native.linear(x, q._matrix)
+
+
+def test_tracing_sees_the_operator(q: ng.QTensor) -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    graph = make_fx(lambda x: ng.linear(x, q), tracing_mode="fake", _allow_non_fake_inputs=True)(torch.randn(2, 96))
+    assert "narrowgauge.linear" in graph.code
+
+
+def test_subclasses_keep_their_type(q: ng.QTensor) -> None:
+    class Sub(torch.Tensor):
+        pass
+
+    x = torch.randn(2, 96)
+    y = ng.linear(x.as_subclass(Sub), q)
+    assert type(y) is Sub and torch.equal(y.as_subclass(torch.Tensor), ng.linear(x, q))
+
+
+def test_op_errors_are_clear(q: ng.QTensor) -> None:
+    with pytest.raises(ValueError, match="packed has .* bytes, expected"):
+        ng.ops.linear(torch.randn(2, 96), q.packed[:-64], None, *weights(q))
+    with pytest.raises(ValueError, match="fp99"):
+        ng.ops.linear(torch.randn(2, 96), q.packed, None, "fp99", 48, 96)
