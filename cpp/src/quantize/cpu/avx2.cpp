@@ -7,6 +7,11 @@ namespace ng::codec {
 namespace {
 
 constexpr int kLanes = 8;
+typedef float F __attribute__((vector_size(32)));
+typedef int32_t I __attribute__((vector_size(32)));
+typedef uint32_t U __attribute__((vector_size(32)));
+typedef uint16_t H __attribute__((vector_size(16)));
+
 
 // Markstein's theorem: with y = RN(1 / s) and q within one unit of the last place of x / s, RN(q + r y) = RN(x / s)
 // where r = x - s q. x y is within 1.5 units, so the first step makes q and the second rounds it.
@@ -14,6 +19,39 @@ inline __m256 divide_fast(__m256 x, __m256 s, __m256 y) {
   const __m256 near = _mm256_mul_ps(x, y);
   const __m256 q = _mm256_fmadd_ps(_mm256_fnmadd_ps(s, near, x), y, near);
   return _mm256_fmadd_ps(_mm256_fnmadd_ps(s, q, x), y, q);
+}
+
+inline int32_t largest(I x) {
+  __m128i most = _mm_max_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+  most = _mm_max_epi32(most, _mm_shuffle_epi32(most, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(most, _mm_shuffle_epi32(most, 0xb1)));
+}
+
+// There is an instruction for the smallest of eight.
+inline int32_t largest(H x) {
+  return 0xffff ^ _mm_extract_epi16(_mm_minpos_epu16(_mm_xor_si128((__m128i)x, _mm_set1_epi32(-1))), 0);
+}
+
+inline void narrow_codes(uint8_t* codes, const I* from) {
+  // Packing works in 128-bit halves, which leaves groups of four codes to be put in order.
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  for (int i = 0; i < 2; ++i, from += 4) {
+    const __m256i low = _mm256_packus_epi32((__m256i)from[0], (__m256i)from[1]);
+    const __m256i high = _mm256_packus_epi32((__m256i)from[2], (__m256i)from[3]);
+    const __m256i packed = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order);
+    _mm256_storeu_si256((__m256i*)(codes + 32 * i), packed);
+  }
+}
+
+inline void widen_codes(const uint8_t* codes, I* to) {
+  for (int i = 0; i < 8; ++i) to[i] = (I)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(codes + 8 * i)));
+}
+
+inline I widen_halves(const uint8_t* from) { return (I)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)); }
+
+inline void narrow_halves(uint8_t* to, I x) {
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)x, (__m256i)x), 0x08);
+  _mm_storeu_si128((__m128i*)to, _mm256_castsi256_si128(packed));
 }
 
 template <int kBits>

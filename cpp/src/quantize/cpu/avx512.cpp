@@ -11,6 +11,11 @@ namespace ng::codec {
 namespace {
 
 constexpr int kLanes = 16;
+typedef float F __attribute__((vector_size(64)));
+typedef int32_t I __attribute__((vector_size(64)));
+typedef uint32_t U __attribute__((vector_size(64)));
+typedef uint16_t H __attribute__((vector_size(32)));
+
 
 // Markstein's theorem: with y = RN(1 / s) and q within one unit of the last place of x / s, RN(q + r y) = RN(x / s)
 // where r = x - s q. x y is within 1.5 units, so the first step makes q and the second rounds it.
@@ -18,6 +23,34 @@ inline __m512 divide_fast(__m512 x, __m512 s, __m512 y) {
   const __m512 near = _mm512_mul_ps(x, y);
   const __m512 q = _mm512_fmadd_ps(_mm512_fnmadd_ps(s, near, x), y, near);
   return _mm512_fmadd_ps(_mm512_fnmadd_ps(s, q, x), y, q);
+}
+
+inline int32_t largest(I x) { return _mm512_reduce_max_epi32((__m512i)x); }
+
+// There is an instruction for the smallest of eight.
+inline int32_t largest(H x) {
+  const __m128i most = _mm_max_epu16(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+  return 0xffff ^ _mm_extract_epi16(_mm_minpos_epu16(_mm_xor_si128(most, _mm_set1_epi32(-1))), 0);
+}
+
+inline void narrow_codes(uint8_t* codes, const I* from) {
+  // Packing works in 128-bit quarters, which leaves groups of four codes to be put in order.
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i low = _mm512_packus_epi32((__m512i)from[0], (__m512i)from[1]);
+  const __m512i high = _mm512_packus_epi32((__m512i)from[2], (__m512i)from[3]);
+  _mm512_storeu_si512(codes, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high)));
+}
+
+inline void widen_codes(const uint8_t* codes, I* to) {
+  for (int i = 0; i < 4; ++i) to[i] = (I)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + 16 * i)));
+}
+
+inline I widen_halves(const uint8_t* from) {
+  return (I)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+}
+
+inline void narrow_halves(uint8_t* to, I x) {
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16((__m512i)x));
 }
 
 // Byte 8 i + j of the wide form (eight codes a word, in the low N bytes) is byte N i + j of the dense one.

@@ -3,15 +3,15 @@
 //
 //   kLanes                            floats in a vector
 //   F divide_fast(F x, F s, F y)      RN(x / s), given y = RN(1 / s), for s in [kFastLow, kFastHigh]
+//   largest(I), largest(H)            the largest lane; lanes are not negative
+//   widen_codes, narrow_codes         64 codes, one a byte, to and from vectors of 32-bit lanes
+//   widen_halves, narrow_halves       kLanes 16-bit numbers to and from a vector of 32-bit lanes
 //   pack_block<N>, unpack_block<N>    64 codes of N bits, one a byte, to and from 8 N bytes
 //
-// Every operation is an IEEE one on its own (no contraction), so all instruction sets agree bit for bit.
+// and the vectors F, I, U and H of kLanes float, int32_t, uint32_t and uint16_t. Every operation is an IEEE one on its
+// own (no contraction), so all instruction sets agree bit for bit.
 
-typedef float F __attribute__((vector_size(kLanes * 4)));
-typedef int32_t I __attribute__((vector_size(kLanes * 4)));
-typedef uint32_t U __attribute__((vector_size(kLanes * 4)));
-typedef uint16_t U16 __attribute__((vector_size(kLanes * 2)));
-typedef uint8_t U8 __attribute__((vector_size(kLanes)));
+constexpr int64_t kVectors = kBlock / kLanes;  // of a block of codes
 
 constexpr int32_t kInfBits = 0x7f800000;
 constexpr int32_t kMagnitude = 0x7fffffff;
@@ -32,16 +32,9 @@ inline void store(void* to, V v) {
 }
 inline I min_of(I a, I b) { return a < b ? a : b; }
 inline I max_of(I a, I b) { return a > b ? a : b; }
-inline F splat(float x) {
-  F v;
-  for (int i = 0; i < kLanes; ++i) v[i] = x;
-  return v;
-}
-inline I splat(int32_t x) {
-  I v;
-  for (int i = 0; i < kLanes; ++i) v[i] = x;
-  return v;
-}
+// Scalar operands are broadcast, and subtracting 0 changes nothing.
+inline F splat(float x) { return x - F{}; }
+inline I splat(int32_t x) { return x - I{}; }
 
 // --- floating codes -------------------------------------------------------------------------------------------
 
@@ -77,9 +70,9 @@ inline F load_floats(const uint8_t* from) {
   if constexpr (kType == Source::f32) {
     return load<F>(from);
   } else if constexpr (kType == Source::bf16) {
-    return (F)(__builtin_convertvector(load<U16>(from), U) << 16);
+    return (F)(widen_halves(from) << 16);
   } else {
-    return floating_value((I) __builtin_convertvector(load<U16>(from), U), kHalf);
+    return floating_value(widen_halves(from), kHalf);
   }
 }
 
@@ -101,7 +94,7 @@ inline void store_floats(uint8_t* to, F value) {
       const I rounded = floating_code(magnitude, kHalf);
       narrow = sign | (magnitude > kInfBits ? splat(0x7e00) : rounded);
     }
-    store(to, __builtin_convertvector((U)narrow, U16));
+    narrow_halves(to, narrow);
   }
 }
 
@@ -176,13 +169,14 @@ void encode_run(const uint8_t* run, int64_t n, const Element& element, const flo
     if (next != nullptr) {
       for (int64_t line = 0; line < kBlock * kSize; line += 64) __builtin_prefetch(next + i * kSize + line);
     }
-    for (int64_t j = 0; j < kBlock; j += kLanes) {
-      const int64_t at = (i + j) / kSpread;
+    I block[kVectors];
+    for (int64_t v = 0; v < kVectors; ++v) {
+      const int64_t at = (i + v * kLanes) / kSpread;
       const I z = kKind == Kind::unsigned_int ? splat(zero[at]) : splat(0);
-      const F x = load_floats<kType>(from + j * kSize);
-      const I code = code_of<kKind, kFastDivide>(x, splat(scale[at]), splat(inverse[at]), z, e);
-      store(codes + i + j, __builtin_convertvector((U)code, U8));
+      const F x = load_floats<kType>(from + v * kLanes * kSize);
+      block[v] = code_of<kKind, kFastDivide>(x, splat(scale[at]), splat(inverse[at]), z, e);
     }
+    narrow_codes(codes + i, block);
   }
   for (int64_t i = n; i % kBlock != 0; ++i) codes[i] = 0;
 }
@@ -196,11 +190,12 @@ void decode_run(const uint8_t* codes, int64_t n, const Element& element, const f
   for (int64_t i = 0; i < n; i += kBlock) {
     const bool tail = n - i < kBlock;
     uint8_t* to = tail ? padded : out + i * kSize;
-    for (int64_t j = 0; j < kBlock; j += kLanes) {
-      const int64_t at = (i + j) / kSpread;
+    I block[kVectors];
+    widen_codes(codes + i, block);
+    for (int64_t v = 0; v < kVectors; ++v) {
+      const int64_t at = (i + v * kLanes) / kSpread;
       const I z = kKind == Kind::unsigned_int ? splat(zero[at]) : splat(0);
-      const I code = (I) __builtin_convertvector(load<U8>(codes + i + j), U);
-      store_floats<kType>(to + j * kSize, value_of<kKind>(code, z, e) * splat(scale[at]));
+      store_floats<kType>(to + v * kLanes * kSize, value_of<kKind>(block[v], z, e) * splat(scale[at]));
     }
     if (tail) __builtin_memcpy(out + i * kSize, padded, (size_t)((n - i) * kSize));
   }
@@ -247,34 +242,34 @@ void absmax_run(const uint8_t* run, int64_t n, int64_t group, float* out) {
   for (int64_t g = 0; g * group < n; ++g) {
     const int64_t end = (g + 1) * group < n ? (g + 1) * group : n;
     int64_t i = g * group;
-    int32_t largest = 0;  // magnitudes order like their bits
+    int32_t most = 0;  // magnitudes order like their bits
     if constexpr (kType == Source::f32) {
       I lanes = splat(0);
       for (; i + kLanes <= end; i += kLanes) lanes = max_of(lanes, load<I>(run + i * 4) & kMagnitude);
-      for (int j = 0; j < kLanes; ++j) largest = lanes[j] > largest ? lanes[j] : largest;
+      most = largest(lanes);
       for (; i < end; ++i) {
         int32_t bits;
         __builtin_memcpy(&bits, run + i * 4, 4);
         bits &= kMagnitude;
-        largest = bits > largest ? bits : largest;
+        most = bits > most ? bits : most;
       }
     } else {
-      U16 lanes = {};
+      H lanes = {};
       for (; i + kLanes <= end; i += kLanes) {
-        const U16 bits = load<U16>(run + i * 2) & 0x7fff;
+        const H bits = load<H>(run + i * 2) & 0x7fff;
         lanes = bits > lanes ? bits : lanes;
       }
-      for (int j = 0; j < kLanes; ++j) largest = lanes[j] > largest ? lanes[j] : largest;
+      most = largest(lanes);
       for (; i < end; ++i) {
         uint16_t bits;
         __builtin_memcpy(&bits, run + i * 2, 2);
         bits &= 0x7fff;
-        largest = bits > largest ? bits : largest;
+        most = bits > most ? bits : most;
       }
     }
-    out[g] = kType == Source::f32    ? __builtin_bit_cast(float, largest)
-             : kType == Source::bf16 ? __builtin_bit_cast(float, largest << 16)
-                                     : half_to_float(largest);
+    out[g] = kType == Source::f32    ? __builtin_bit_cast(float, most)
+             : kType == Source::bf16 ? __builtin_bit_cast(float, most << 16)
+                                     : half_to_float(most);
   }
 }
 

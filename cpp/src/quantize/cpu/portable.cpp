@@ -9,11 +9,61 @@ namespace ng::codec {
 namespace {
 
 constexpr int kLanes = 4;
+typedef float F __attribute__((vector_size(16)));
+typedef int32_t I __attribute__((vector_size(16)));
+typedef uint32_t U __attribute__((vector_size(16)));
+typedef uint16_t H __attribute__((vector_size(8)));
+
 
 // One instruction wherever there is no fused multiply-add to do better with.
-template <typename F>
-inline F divide_fast(F x, F s, F) {
-  return x / s;
+inline F divide_fast(F x, F s, F) { return x / s; }
+
+template <typename V>
+inline int32_t largest(V x) {
+  int32_t most = 0;
+  for (int i = 0; i < kLanes; ++i) most = x[i] > most ? x[i] : most;
+  return most;
+}
+
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+typedef uint16_t Halves __attribute__((vector_size(16)));
+
+// Every other byte of both, which packs 32-bit lanes to 16 and those to 8 bits.
+inline Bytes even(Bytes a, Bytes b) {
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+}
+
+inline void narrow_codes(uint8_t* codes, const I* from) {
+  for (int i = 0; i < 4; ++i, from += 4) {
+    const Bytes packed = even(even((Bytes)from[0], (Bytes)from[1]), even((Bytes)from[2], (Bytes)from[3]));
+    __builtin_memcpy(codes + 16 * i, &packed, 16);
+  }
+}
+
+inline void widen_codes(const uint8_t* codes, I* to) {
+  const Bytes zero = {};
+  for (int i = 0; i < 4; ++i, to += 4) {
+    Bytes x;
+    __builtin_memcpy(&x, codes + 16 * i, 16);
+    const auto low = (Halves)__builtin_shufflevector(x, zero, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const auto high =
+        (Halves)__builtin_shufflevector(x, zero, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    to[0] = (I)__builtin_shufflevector(low, (Halves)zero, 0, 8, 1, 9, 2, 10, 3, 11);
+    to[1] = (I)__builtin_shufflevector(low, (Halves)zero, 4, 12, 5, 13, 6, 14, 7, 15);
+    to[2] = (I)__builtin_shufflevector(high, (Halves)zero, 0, 8, 1, 9, 2, 10, 3, 11);
+    to[3] = (I)__builtin_shufflevector(high, (Halves)zero, 4, 12, 5, 13, 6, 14, 7, 15);
+  }
+}
+
+inline I widen_halves(const uint8_t* from) {
+  Halves x = {};
+  __builtin_memcpy(&x, from, 8);
+  return (I)__builtin_shufflevector(x, Halves{}, 0, 8, 1, 9, 2, 10, 3, 11);
+}
+
+inline void narrow_halves(uint8_t* to, I x) {
+  const Halves packed = __builtin_shufflevector((Halves)x, (Halves)x, 0, 2, 4, 6, 0, 2, 4, 6);
+  __builtin_memcpy(to, &packed, 8);
 }
 
 // Eight codes a word: neighbours are joined in three steps, to 2, 4 and 8 codes of N bits.
