@@ -1,5 +1,6 @@
 /* A C program that uses the installed library through narrowgauge.h: quantize, pack, multiply, and compare with plain
- * arithmetic. Prints the largest error; exits with 1 if it is not small or if bad input is accepted. */
+ * arithmetic. Prints the largest error; exits with 1 if it is not small or if bad input is accepted. With two paths it
+ * also loads a matrix from the first, packs it and saves it to the second. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -14,7 +15,7 @@ static void check(ng_status status, const char* what) {
   exit(1);
 }
 
-int main(void) {
+int main(int argc, char** argv) {
   static float weights[kRows * kCols], decoded[kRows * kCols], x[kCols], y[kRows];
   for (int i = 0; i < kRows * kCols; ++i) weights[i] = sinf((float)i);
   for (int i = 0; i < kCols; ++i) x[i] = cosf((float)i);
@@ -48,5 +49,13 @@ int main(void) {
   }
   printf("C: refused as it should be: %s\n", ng_last_error());
   ng_qtensor_free(q);
+
+  if (argc == 3) {
+    ng_qtensor* loaded = NULL;
+    check(ng_load(argv[1], NULL, &loaded), "ng_load");
+    check(ng_pack(loaded), "ng_pack");
+    check(ng_save(loaded, argv[2], NULL), "ng_save");
+    ng_qtensor_free(loaded);
+  }
   return 0;
 }

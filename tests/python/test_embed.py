@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import narrowgauge as ng
 import pytest
 
 SOURCES = Path(__file__).parents[1] / "embed"
@@ -33,7 +34,17 @@ def test_cmake_package(tmp_path: Path) -> None:
     run("cmake", "-S", SOURCES, "-B", tmp_path, f"-Dnarrowgauge_DIR={package_path('--cmake-dir')}")
     run("cmake", "--build", tmp_path)
     check_output(run(tmp_path / "consumer_cpp"), "C++")
-    check_output(run(tmp_path / "consumer_c"), "C")
+
+    np = pytest.importorskip("numpy")
+    weights = np.random.default_rng(0).standard_normal((3, 5, 70), dtype=np.float32)
+    for name in ("fp6", "fp4", "int8", "uint4:g16:fp16", "nf4:g32:bf16", "nvfp4", "mxfp6", "fp5_e2m2:g48:fp32"):
+        q = ng.quantize(weights, name)
+        q.save(tmp_path / "python")
+        check_output(run(tmp_path / "consumer_c", tmp_path / "python", tmp_path / "c"), "C")
+        back = ng.QTensor.load(tmp_path / "c", library="numpy")
+        assert (back.format, back.shape) == (q.format, q.shape)
+        for expected, seen in zip(q.canonical(), back.canonical(), strict=True):
+            np.testing.assert_array_equal(seen, expected)
 
 
 @pytest.mark.skipif(shutil.which("pkg-config") is None, reason="pkg-config is not installed")

@@ -89,6 +89,11 @@ int32_t ng_qtensor_ndim(const ng_qtensor* tensor);
 const int64_t* ng_qtensor_shape(const ng_qtensor* tensor);
 int64_t ng_qtensor_nbytes(const ng_qtensor* tensor);
 
+/* A safetensors file that holds the matrix under `name` (null: "weight"), written atomically; the Python package reads
+ * and writes the same. ng_load gives the matrix called `name` (null: the only one), canonical. */
+ng_status ng_save(const ng_qtensor* tensor, const char* path, const char* name);
+ng_status ng_load(const char* path, const char* name, ng_qtensor** out);
+
 /* out [.., cols], of the matrix's rows and cols, in either form. */
 ng_status ng_dequantize(const ng_qtensor* tensor, const ng_tensor* out);
 

@@ -18,6 +18,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "narrowgauge/executor.hpp"
@@ -135,5 +136,13 @@ class QTensor {
 // Change the form. A matrix that is already in it is returned as it is.
 QTensor pack(QTensor&& tensor, Executor& executor = default_executor());
 QTensor unpack(QTensor&& tensor, Executor& executor = default_executor());
+
+// Writes a safetensors file with the canonical arrays, `<name>.codes` and so on, and the format and shape in its
+// metadata, atomically: what Python's QTensor.save writes. Throws SystemError, InvalidArgument.
+void save(const QTensor& tensor, const std::string& path, const std::string& name = "weight");
+
+// The matrix called `name` (empty: the only one) of a file that save, or Python's save and save_model, wrote;
+// canonical. Throws SystemError, FileCorrupt, InvalidArgument.
+QTensor load(const std::string& path, const std::string& name = {});
 
 }  // namespace ng

@@ -181,6 +181,18 @@ const int64_t* ng_qtensor_shape(const ng_qtensor* tensor) { return tensor->tenso
 
 int64_t ng_qtensor_nbytes(const ng_qtensor* tensor) { return tensor->tensor.nbytes(); }
 
+ng_status ng_save(const ng_qtensor* tensor, const char* path, const char* name) {
+  return guarded(
+      [&] { ng::save(checked(tensor, "tensor").tensor, &checked(path, "path"), name == nullptr ? "weight" : name); });
+}
+
+ng_status ng_load(const char* path, const char* name, ng_qtensor** out) {
+  return guarded([&] {
+    checked(out, "out");
+    *out = new ng_qtensor(ng::load(&checked(path, "path"), name == nullptr ? "" : name));
+  });
+}
+
 ng_status ng_dequantize(const ng_qtensor* tensor, const ng_tensor* out) {
   return guarded([&] {
     const ng::QTensor& matrix = checked(tensor, "tensor").tensor;

@@ -2,10 +2,13 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstdio>
 #include <cstring>
+#include <string>
 #include <vector>
 
 #include "narrowgauge/device.hpp"
+#include "narrowgauge/io.hpp"
 #include "narrowgauge/linear.hpp"
 #include "narrowgauge/narrowgauge.h"
 
@@ -133,6 +136,44 @@ TEST_F(CApi, OptionsReachTheQuantizer) {
   ng_quantize_options options = {};
   options.nan_saturate = 1;
   EXPECT_EQ(ng_quantize(&view, "fp6", &options, &q_), NG_OK) << ng_last_error();
+}
+
+TEST_F(CApi, FilesKeepTheMatrix) {
+  const std::string path = testing::TempDir() + "narrowgauge_capi_test.safetensors";
+  for (const char* format : {"fp6", "uint4:g16:fp32", "nvfp4", "mxfp4"}) {
+    SCOPED_TRACE(format);
+    quantize(format);
+    const std::vector<float> before = dequantized();
+    const std::string full_format = ng_qtensor_format(q_);
+    ASSERT_EQ(ng_pack(q_), NG_OK) << ng_last_error();
+    ASSERT_EQ(ng_save(q_, path.c_str(), "layer \"0\""), NG_OK) << ng_last_error();
+    ng_qtensor_free(q_);
+    q_ = nullptr;
+    EXPECT_EQ(ng_load(path.c_str(), "layer 1", &q_), NG_INVALID_ARGUMENT);
+    ASSERT_EQ(ng_load(path.c_str(), nullptr, &q_), NG_OK) << ng_last_error();
+    EXPECT_EQ(ng_qtensor_format(q_), full_format);
+    EXPECT_EQ(dequantized(), before);
+    ng_qtensor_free(q_);
+    q_ = nullptr;
+  }
+  EXPECT_EQ(ng_load((path + ".absent").c_str(), nullptr, &q_), NG_SYSTEM_ERROR);
+  const auto refused = [&](int64_t length, const char* metadata, ng_status status) {
+    const std::byte byte{0};
+    ng::write_safetensors(
+        path, std::vector<ng::FileTensor>{{"w.codes", "U8", {length, length}, {&byte, static_cast<size_t>(length)}}},
+        {{"narrowgauge", metadata}});
+    EXPECT_EQ(ng_load(path.c_str(), nullptr, &q_), status) << metadata;
+    EXPECT_EQ(q_, nullptr);
+  };
+  refused(1, "not JSON", NG_FILE_CORRUPT);
+  refused(1, R"({"version": 2, "tensors": {}})", NG_INVALID_ARGUMENT);
+  refused(1, R"({"version": 1, "tensors": {}})", NG_INVALID_ARGUMENT);
+  refused(1, R"({"version": 1, "tensors": {"w": {"format": "int8", "shape": [1, 1]}}})", NG_FILE_CORRUPT);
+  refused(0, R"({"version": 1, "tensors": {"w": {"format": "int8", "shape": [1, 1]}}})", NG_FILE_CORRUPT);
+  refused(1, R"({"version": 1, "tensors": {"w": {"format": "int8", "shape": []}}})", NG_FILE_CORRUPT);
+  refused(1, R"({"version": 1, "tensors": {"w": {"format": "int8", "shape": [-1, 1]}}})", NG_FILE_CORRUPT);
+  refused(1, R"({"version": 1, "tensors": {"w": {"format": "int9", "shape": [1, 1]}}})", NG_INVALID_ARGUMENT);
+  (void)std::remove(path.c_str());
 }
 
 // Each refusal leaves the output alone and says which argument was wrong.
