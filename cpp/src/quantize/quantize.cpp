@@ -674,20 +674,21 @@ PackedView QTensor::packed_view() const {
 }
 
 QTensor pack(QTensor&& tensor, Executor& executor) {
+  // The argument is taken last: what throws before leaves it as it was.
+  if (tensor.packed_) return std::move(tensor);
+  Buffer block(static_cast<size_t>(packed_bytes(tensor.format_, tensor.rows_, tensor.cols_)));
+  pack(tensor.canonical_view(), reinterpret_cast<uint8_t*>(block.data()), executor);
   QTensor result(std::move(tensor));
-  if (result.packed_) return result;
-  Buffer block(static_cast<size_t>(packed_bytes(result.format_, result.rows_, result.cols_)));
-  pack(result.canonical_view(), reinterpret_cast<uint8_t*>(block.data()), executor);
   result.storage_ = std::move(block);
   result.packed_ = true;
   return result;
 }
 
 QTensor unpack(QTensor&& tensor, Executor& executor) {
+  if (!tensor.packed_) return std::move(tensor);
+  Buffer storage = section_storage(canonical_bytes(tensor.format_, tensor.rows_, tensor.cols_));
+  unpack(tensor.packed_view(), sections(tensor.format_, tensor.rows_, tensor.cols_, storage.data()), executor);
   QTensor result(std::move(tensor));
-  if (!result.packed_) return result;
-  Buffer storage = section_storage(canonical_bytes(result.format_, result.rows_, result.cols_));
-  unpack(result.packed_view(), sections(result.format_, result.rows_, result.cols_, storage.data()), executor);
   result.storage_ = std::move(storage);
   result.packed_ = false;
   return result;
