@@ -49,29 +49,47 @@ struct ScaleRule {
   float global;    // e4m3: multiplies the stored scale; 1 otherwise
 };
 
+// A scale and its reciprocal as the sum of two floats, in arrays. Scales of few significant bits divide faster.
+struct ScaleArrays {
+  float* scale;
+  float* inverse;      // RN(1 / scale), or 0 where all codes are 0
+  float* inverse_low;  // RN(1 / scale - inverse)
+};
+
+// The same, one entry per 16 elements of a run (entries for whole blocks of 64), with zero points.
+struct Spread {
+  const float* scale;
+  const float* inverse;
+  const float* inverse_low;
+  const int32_t* zero;  // uintN only
+  bool few_bits;        // all scales have at most 16 significant bits
+};
+
 struct Table {
-  // out[g] = largest magnitude of group g of `run`: n elements, groups of `group` (the last may be shorter). Infinite
-  // or NaN if an element is.
-  void (*absmax)(const void* run, Source type, int64_t n, int64_t group, float* out);
+  // out[g] = largest magnitude of group g of `run`: n elements, groups of `group` (the last may be shorter). Returns
+  // the largest of all; NaN counts as larger than infinity.
+  float (*absmax)(const void* run, Source type, int64_t n, int64_t group, float* out);
   // low[g] = min(0, smallest), high[g] = max(0, largest). pre: all finite.
-  void (*range)(const void* run, Source type, int64_t n, int64_t group, float* low, float* high);
+  void (*range)(const float* run, int64_t n, int64_t group, float* low, float* high);
 
-  // stored[i]: the bits of the scale, 0 if its value is 0 (e8m0: 2^-127); scale[i]: its value, times the global scale;
-  // inverse[i]: RN(1 / scale), or 0 if the range or the scale is 0, that is, if all codes are. pre: ranges are finite
-  // and not negative.
-  void (*scales)(const double* ranges, int64_t count, const ScaleRule& rule, uint32_t* stored, float* scale,
-                 float* inverse);
+  // The scales of `ranges`, which are finite and not negative. stored: their bits, packed in their width, 0 if the
+  // scale's value is 0; out.scale: their values, times the global scale.
+  void (*scales)(const double* ranges, int64_t count, const ScaleRule& rule, void* stored, const ScaleArrays& out);
+  // out[i] = the value of stored scale i, times `global`. NaN becomes the quiet one without payload.
+  void (*scale_values)(const void* stored, Scale type, int64_t count, float global, float* out);
+  // out[i * step + j] = from[i] for j < step. Writes up to 16 entries more.
+  void (*spread)(const float* from, int64_t count, int64_t step, float* out);
 
-  // codes[i] = code of run[i] against scale[i / 16] (and zero[i / 16]), one a byte, for i below n rounded up to 64.
+  // codes[i] = code of run[i] against entry i / 16 of `scales`, one a byte, for i below n rounded up to 64.
   // Reads n elements. Requests the cache lines of `next` onwards, as many bytes as it reads, if not null.
-  void (*encode)(const void* run, Source type, int64_t n, const Element& element, const float* scale,
-                 const float* inverse, const int32_t* zero, uint8_t* codes, const void* next);
+  void (*encode)(const void* run, Source type, int64_t n, const Element& element, const Spread& scales,
+                 uint8_t* codes, const void* next);
   // out[i] = value of codes[i] times its scale. Writes n elements.
   void (*decode)(const uint8_t* codes, int64_t n, const Element& element, const float* scale, const int32_t* zero,
                  Source type, void* out);
   // Squared error of encoding and decoding the run with each of `count` scales (and zeros). The sum's order is fixed.
-  void (*errors)(const void* run, Source type, int64_t n, const Element& element, int64_t count, const float* scale,
-                 const float* inverse, const int32_t* zero, double* out);
+  void (*errors)(const float* run, int64_t n, const Element& element, int64_t count, const float* scale,
+                 const int32_t* zero, double* out);
 
   // n codes, one a byte, to and from the dense bit stream. pack reads whole blocks of 64 codes, the padding zero, and
   // writes ceil(n * bits / 8) bytes; unpack reads those and writes whole blocks.

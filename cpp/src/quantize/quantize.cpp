@@ -159,27 +159,18 @@ int64_t run_length(const Format& format) {
 
 // The scales of a run's groups and their zero points, and the same spread to one per 16 elements.
 struct Scales {
-  static constexpr int64_t kMost = kRun / kSpread;
-  std::array<uint32_t, kMost> stored;
-  std::array<float, kMost> scale, inverse;
-  std::array<int32_t, kMost> zero;
-  // A group's entries are written 16 at a time, so the last may run over.
-  std::array<float, kMost + 64> spread_scale, spread_inverse;
-  std::array<int32_t, kMost + 64> spread_zero;
+  static constexpr size_t kMost = kRun / kSpread;
+  // Entries are written in vectors, so the last may run over.
+  using Floats = std::array<float, kMost + kSpread>;
+  using Ints = std::array<int32_t, kMost + kSpread>;
 
-  void spread(int64_t count, int64_t group, int64_t n, bool with_zeros) {
-    const int64_t step = std::min(group, n + kSpread - 1) / kSpread;
-    const auto each = [&](const auto& from, auto& to) {
-      for (int64_t g = 0; g < count; ++g) {
-        for (int64_t i = 0; i < step; i += 4) std::fill_n(to.data() + g * step + i, 4, from[static_cast<size_t>(g)]);
-      }
-      // Blocks of 64 elements read whole fours.
-      std::fill_n(to.data() + count * step, 4, from[0]);
-    };
-    each(scale, spread_scale);
-    each(inverse, spread_inverse);
-    if (with_zeros) each(zero, spread_zero);
-  }
+  alignas(4) std::array<std::byte, 4 * kMost> stored;
+  std::array<float, kMost> scale, inverse, inverse_low;
+  std::array<int32_t, kMost> zero;
+  alignas(64) Floats spread_scale, spread_inverse, spread_inverse_low;
+  Ints spread_zero;
+
+  codec::ScaleArrays arrays() { return {scale.data(), inverse.data(), inverse_low.data()}; }
 };
 
 struct Range {
@@ -199,6 +190,8 @@ class Quantizer {
         has_zeros_(format_.element.has_zero_point()),
         row_bytes_(format_.row_bytes(weights.cols)),
         groups_(format_.groups(weights.cols)),
+        scale_size_(static_cast<int64_t>(scale_bytes(format_.scale))),
+        few_bits_(format_.scale != ScaleType::fp32 && !format_.has_global_scale()),
         run_(run_length(format_)),
         runs_((weights.cols + run_ - 1) / run_),
         group_(format_.group == 0 ? weights.cols : format_.group) {}
@@ -253,7 +246,12 @@ class Quantizer {
 
   Run load(int64_t row, int64_t begin, int64_t n, Scratch& scratch) const {
     const void* data = source(row, begin);
-    if (options_.nan == NanPolicy::error && !options_.stochastic) return {data, type_, n};
+    if (type_ == Source::f32 && options_.nan == NanPolicy::error) return {data, type_, n};
+    // The kernels read 16-bit floats where speed counts; the rarer ways take floats.
+    if (options_.nan == NanPolicy::error && options_.search == ScaleSearch::absmax && !options_.stochastic &&
+        !has_zeros_) {
+      return {data, type_, n};
+    }
     to_floats(data, type_, n, scratch.data());
     if (options_.nan == NanPolicy::saturate) {
       for (float& x : std::span(scratch).first(static_cast<size_t>(n))) {
@@ -288,17 +286,15 @@ class Quantizer {
 
   // The ranges of the groups of a run; a group with NaN or Inf is reported and counts as zeros.
   void ranges(int64_t row, int64_t begin, const Run& run, int64_t group, float* absmax, float* low, float* high) {
-    table_.absmax(run.data, run.type, run.n, group, absmax);
+    const float most = table_.absmax(run.data, run.type, run.n, group, absmax);
     const int64_t count = (run.n + group - 1) / group;
-    float most = 0;
-    for (int64_t g = 0; g < count; ++g) most = absmax[g] > most || std::isnan(absmax[g]) ? absmax[g] : most;
     if (!std::isfinite(most)) {
       report(row, begin, run);
       std::fill_n(absmax, count, 0.0f);
       std::fill_n(low, has_zeros_ ? count : 0, 0.0f);
       std::fill_n(high, has_zeros_ ? count : 0, 0.0f);
     } else if (has_zeros_) {
-      table_.range(run.data, run.type, run.n, group, low, high);
+      table_.range(static_cast<const float*>(run.data), run.n, group, low, high);
     }
   }
 
@@ -352,64 +348,68 @@ class Quantizer {
 
   void store_scales(int64_t row, int64_t first, int64_t count, const Scales& scales) const {
     const int64_t at = row * groups_ + first;
-    for (int64_t g = 0; g < count; ++g) {
-      const uint32_t bits = scales.stored[static_cast<size_t>(g)];
-      switch (scale_bytes(format_.scale)) {
-        case 4:
-          static_cast<uint32_t*>(out_.scales)[at + g] = bits;
-          break;
-        case 2:
-          static_cast<uint16_t*>(out_.scales)[at + g] = static_cast<uint16_t>(bits);
-          break;
-        default:
-          static_cast<uint8_t*>(out_.scales)[at + g] = static_cast<uint8_t>(bits);
-      }
-      if (has_zeros_) out_.zeros[at + g] = static_cast<uint8_t>(scales.zero[static_cast<size_t>(g)]);
-    }
+    std::memcpy(static_cast<std::byte*>(out_.scales) + at * scale_size_, scales.stored.data(),
+                static_cast<size_t>(count * scale_size_));
+    if (!has_zeros_) return;
+    for (int64_t g = 0; g < count; ++g) out_.zeros[at + g] = static_cast<uint8_t>(scales.zero[static_cast<size_t>(g)]);
   }
 
   // The scales tried by a search, the plain one first, without repetitions; error[i] is the squared error of each.
   struct Candidates {
-    int64_t count = 0;
-    std::array<uint32_t, kMultiples.size()> stored{};
-    std::array<float, kMultiples.size()> scale{}, inverse{};
+    size_t count = 0;
+    std::array<double, kMultiples.size()> width{};
+    std::array<float, kMultiples.size()> scale{};
     std::array<int32_t, kMultiples.size()> zero{};
     std::array<double, kMultiples.size()> error{};
   };
 
   Candidates candidates(const Range& range) const {
     std::array<double, kMultiples.size()> widths;
+    std::array<float, kMultiples.size()> scale, inverse, inverse_low;
+    std::array<std::byte, 4 * kMultiples.size()> stored;
     for (size_t i = 0; i < widths.size(); ++i) widths[i] = width(range) * kMultiples[i] / 64;
+    table_.scales(widths.data(), widths.size(), rule_, stored.data(), {scale.data(), inverse.data(), inverse_low.data()});
     Candidates all;
-    table_.scales(widths.data(), widths.size(), rule_, all.stored.data(), all.scale.data(), all.inverse.data());
     for (size_t i = 0; i < widths.size(); ++i) {
-      const auto known = all.stored.begin() + all.count;
-      if (all.scale[i] == 0 && i != 0) continue;
-      if (std::find(all.stored.begin(), known, all.stored[i]) != known) continue;
-      const auto to = static_cast<size_t>(all.count++);
-      all.stored[to] = all.stored[i];
-      all.scale[to] = all.scale[i];
-      all.inverse[to] = all.inverse[i];
-      all.zero[to] = has_zeros_ ? zero_point(range.low, all.scale[i]) : 0;
+      if (i != 0 && scale[i] == 0) continue;
+      const auto known = all.scale.begin() + static_cast<std::ptrdiff_t>(all.count);
+      if (std::find(all.scale.begin(), known, scale[i]) != known) continue;
+      all.width[all.count] = widths[i];
+      all.scale[all.count] = scale[i];
+      all.zero[all.count] = has_zeros_ ? zero_point(range.low, scale[i]) : 0;
+      ++all.count;
     }
     return all;
   }
 
-  void add_errors(const Run& run, Candidates& tried) const {
+  void add_errors(const float* data, int64_t n, Candidates& tried) const {
     std::array<double, kMultiples.size()> error;
-    table_.errors(run.data, run.type, run.n, element_, tried.count, tried.scale.data(), tried.inverse.data(),
-                  tried.zero.data(), error.data());
-    for (size_t i = 0; i < static_cast<size_t>(tried.count); ++i) tried.error[i] += error[i];
+    table_.errors(data, n, element_, static_cast<int64_t>(tried.count), tried.scale.data(), tried.zero.data(),
+                  error.data());
+    for (size_t i = 0; i < tried.count; ++i) tried.error[i] += error[i];
   }
 
-  static void choose(const Candidates& tried, int64_t group, Scales& scales) {
-    const auto best = static_cast<size_t>(std::min_element(tried.error.begin(), tried.error.begin() + tried.count) -
-                                          tried.error.begin());
-    const auto g = static_cast<size_t>(group);
-    scales.stored[g] = tried.stored[best];
-    scales.scale[g] = tried.scale[best];
-    scales.inverse[g] = tried.inverse[best];
-    scales.zero[g] = tried.zero[best];
+  // The width whose scale had the least error; the first of equals.
+  static double best_width(const Candidates& tried) {
+    const auto* end = tried.error.begin() + tried.count;
+    return tried.width[static_cast<size_t>(std::min_element(tried.error.begin(), end) - tried.error.begin())];
+  }
+
+  // Scales and zero points of `count` groups from what they divide and the groups' lowest elements.
+  void make_scales(const double* widths, const float* low, int64_t count, Scales& scales) const {
+    table_.scales(widths, count, rule_, scales.stored.data(), scales.arrays());
+    for (size_t g = 0; has_zeros_ && g < static_cast<size_t>(count); ++g) {
+      scales.zero[g] = zero_point(low[g], scales.scale[g]);
+    }
+  }
+
+  void spread(int64_t count, int64_t step, Scales& scales) const {
+    table_.spread(scales.scale.data(), count, step, scales.spread_scale.data());
+    table_.spread(scales.inverse.data(), count, step, scales.spread_inverse.data());
+    table_.spread(scales.inverse_low.data(), count, step, scales.spread_inverse_low.data());
+    for (int64_t g = 0; has_zeros_ && g < count; ++g) {
+      std::fill_n(scales.spread_zero.begin() + g * step, step, scales.zero[static_cast<size_t>(g)]);
+    }
   }
 
   // Codes of a run whose scales are known. `spread` covers the run; groups of `group` elements.
@@ -420,8 +420,9 @@ class Quantizer {
       encode_stochastic(static_cast<const float*>(run.data), run.n, row * weights_.cols + begin, options_.seed,
                         element_, scales.spread_scale.data(), scales.spread_zero.data(), codes.data());
     } else {
-      table_.encode(run.data, run.type, run.n, element_, scales.spread_scale.data(), scales.spread_inverse.data(),
-                    scales.spread_zero.data(), codes.data(), next);
+      const codec::Spread spread{scales.spread_scale.data(), scales.spread_inverse.data(),
+                                 scales.spread_inverse_low.data(), scales.spread_zero.data(), few_bits_};
+      table_.encode(run.data, run.type, run.n, element_, spread, codes.data(), next);
     }
     for (int64_t g = 0; g * group < run.n; ++g) {
       if (scales.inverse[static_cast<size_t>(g)] != 0) continue;
@@ -438,44 +439,39 @@ class Quantizer {
     const int64_t count = (run.n + group_ - 1) / group_;
     std::array<float, Scales::kMost> absmax, low, high;
     ranges(row, begin, run, group_, absmax.data(), low.data(), high.data());
-    const auto range_of = [&](int64_t g) {
-      const auto i = static_cast<size_t>(g);
-      return has_zeros_ ? Range{low[i], high[i], absmax[i]} : Range{0, 0, absmax[i]};
-    };
+    std::array<double, Scales::kMost> widths;
+    for (size_t g = 0; g < static_cast<size_t>(count); ++g) {
+      widths[g] = has_zeros_ ? static_cast<double>(high[g]) - static_cast<double>(low[g]) : absmax[g];
+    }
     if (options_.search == ScaleSearch::mse) {
-      const auto bytes = run.type == Source::f32 ? 4 : 2;
+      const auto* data = static_cast<const float*>(run.data);
       for (int64_t g = 0; g < count; ++g) {
-        Candidates tried = candidates(range_of(g));
-        const auto* data = static_cast<const std::byte*>(run.data) + g * group_ * bytes;
-        add_errors({data, run.type, std::min(group_, run.n - g * group_)}, tried);
-        choose(tried, g, scales);
-      }
-    } else {
-      std::array<double, Scales::kMost> widths;
-      for (int64_t g = 0; g < count; ++g) widths[static_cast<size_t>(g)] = width(range_of(g));
-      table_.scales(widths.data(), count, rule_, scales.stored.data(), scales.scale.data(), scales.inverse.data());
-      for (int64_t g = 0; has_zeros_ && g < count; ++g) {
         const auto i = static_cast<size_t>(g);
-        scales.zero[i] = zero_point(low[i], scales.scale[i]);
+        Candidates tried = candidates(has_zeros_ ? Range{low[i], high[i], absmax[i]} : Range{0, 0, absmax[i]});
+        add_errors(data + g * group_, std::min(group_, run.n - g * group_), tried);
+        widths[i] = best_width(tried);
       }
     }
-    scales.spread(count, group_, run.n, has_zeros_);
+    make_scales(widths.data(), low.data(), count, scales);
+    spread(count, std::min(group_, run.n + kSpread - 1) / kSpread, scales);
     store_scales(row, begin / group_, count, scales);
     encode(row, begin, run, group_, scales, source(row, begin + run.n));
   }
 
   void set_row_scale(int64_t row, const Range& range, Scales& scales) {
-    const double widest = width(range);
-    table_.scales(&widest, 1, rule_, scales.stored.data(), scales.scale.data(), scales.inverse.data());
-    scales.zero[0] = has_zeros_ ? zero_point(range.low, scales.scale[0]) : 0;
+    double widest = width(range);
     if (options_.search == ScaleSearch::mse) {
       Candidates tried = candidates(range);
       Scratch scratch;
-      for (int64_t run = 0; run < runs_; ++run) add_errors(load(row, run_begin(run), run_size(run), scratch), tried);
-      choose(tried, 0, scales);
+      for (int64_t i = 0; i < runs_; ++i) {
+        const Run run = load(row, run_begin(i), run_size(i), scratch);
+        add_errors(static_cast<const float*>(run.data), run.n, tried);
+      }
+      widest = best_width(tried);
     }
+    make_scales(&widest, &range.low, 1, scales);
+    spread(1, kRun / kSpread, scales);
     store_scales(row, 0, 1, scales);
-    scales.spread(1, kRun, kRun, has_zeros_);
   }
 
   void encode_row_run(int64_t row, int64_t run_index, const Scales& scales, const void* next) const {
@@ -513,6 +509,8 @@ class Quantizer {
   bool has_zeros_;
   int64_t row_bytes_;
   int64_t groups_;
+  int64_t scale_size_;
+  bool few_bits_;
   int64_t run_;
   int64_t runs_;   // of a row
   int64_t group_;  // elements of a group
@@ -591,30 +589,28 @@ void dequantize(const CanonicalView& matrix, const TensorView& out, Executor& ex
   const int64_t group = format.group == 0 ? kRun : format.group;
   const auto scale_size = static_cast<int64_t>(scale_bytes(format.scale));
   const auto out_size = static_cast<int64_t>(dtype_bytes(dense.dtype));
+  const float global = format.has_global_scale() ? *matrix.global_scale : 1.0f;
 
   executor.parallel_for(
       matrix.rows * runs, std::max<int64_t>(1, kGrain / std::min(length, matrix.cols)),
       [&](int64_t first, int64_t last) {
         alignas(64) std::array<uint8_t, kRun> codes;
-        Scales scales;
+        std::array<float, Scales::kMost> scale;
+        alignas(64) Scales::Floats spread_scale;
+        Scales::Ints spread_zero;
         for (int64_t unit = first; unit < last; ++unit) {
           const int64_t row = unit / runs, begin = unit % runs * length;
           const int64_t n = std::min(length, matrix.cols - begin);
-          const int64_t count = (n + group - 1) / group;
+          const int64_t count = (n + group - 1) / group, step = std::min(group, n + kSpread - 1) / kSpread;
           const int64_t at = row * groups + (format.group == 0 ? 0 : begin / group);
-          for (int64_t g = 0; g < count; ++g) {
-            const auto i = static_cast<size_t>(g);
-            uint32_t bits = 0;
-            std::memcpy(&bits, static_cast<const std::byte*>(matrix.scales) + (at + g) * scale_size,
-                        static_cast<size_t>(scale_size));
-            scales.scale[i] = scale_decode(format.scale, bits);
-            if (format.has_global_scale()) scales.scale[i] *= *matrix.global_scale;
-            scales.inverse[i] = 0;
-            scales.zero[i] = has_zeros ? matrix.zeros[at + g] : 0;
+          kernels.scale_values(static_cast<const std::byte*>(matrix.scales) + at * scale_size,
+                               static_cast<codec::Scale>(format.scale), count, global, scale.data());
+          kernels.spread(scale.data(), count, step, spread_scale.data());
+          for (int64_t g = 0; has_zeros && g < count; ++g) {
+            std::fill_n(spread_zero.begin() + g * step, step, matrix.zeros[at + g]);
           }
-          scales.spread(count, group, n, has_zeros);
           kernels.unpack(matrix.codes + row * row_bytes + begin / 8 * element.bits, n, element.bits, codes.data());
-          kernels.decode(codes.data(), n, element, scales.spread_scale.data(), scales.spread_zero.data(), type,
+          kernels.decode(codes.data(), n, element, spread_scale.data(), spread_zero.data(), type,
                          static_cast<std::byte*>(dense.data) + (row * dense.row_stride + begin) * out_size);
         }
       });

@@ -13,13 +13,11 @@ typedef uint32_t U __attribute__((vector_size(32)));
 typedef uint16_t H __attribute__((vector_size(16)));
 
 
-// Markstein's theorem: with y = RN(1 / s) and q within one unit of the last place of x / s, RN(q + r y) = RN(x / s)
-// where r = x - s q. x y is within 1.5 units, so the first step makes q and the second rounds it.
-inline __m256 divide_fast(__m256 x, __m256 s, __m256 y) {
-  const __m256 near = _mm256_mul_ps(x, y);
-  const __m256 q = _mm256_fmadd_ps(_mm256_fnmadd_ps(s, near, x), y, near);
-  return _mm256_fmadd_ps(_mm256_fnmadd_ps(s, q, x), y, q);
-}
+constexpr bool kFused = true;
+inline F fused(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+
+// Sixteen elements share a scale.
+inline F pair_of(const float* scales) { return (F)_mm256_broadcast_ss(scales); }
 
 inline int32_t largest(I x) {
   __m128i most = _mm_max_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
@@ -47,11 +45,13 @@ inline void widen_codes(const uint8_t* codes, I* to) {
   for (int i = 0; i < 8; ++i) to[i] = (I)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(codes + 8 * i)));
 }
 
-inline I widen_halves(const uint8_t* from) { return (I)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)); }
+inline void widen_halves(const uint8_t* from, U* to) {
+  for (int i = 0; i < 2; ++i) to[i] = (U)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(from + 16 * i)));
+}
 
-inline void narrow_halves(uint8_t* to, I x) {
-  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)x, (__m256i)x), 0x08);
-  _mm_storeu_si128((__m128i*)to, _mm256_castsi256_si128(packed));
+inline void narrow_halves(uint8_t* to, const U* from) {
+  const __m256i packed = _mm256_packus_epi32((__m256i)from[0], (__m256i)from[1]);
+  _mm256_storeu_si256((__m256i*)to, _mm256_permute4x64_epi64(packed, 0xd8));
 }
 
 template <int kBits>
@@ -81,6 +81,6 @@ void unpack_block(const uint8_t* packed, uint8_t* codes) {
 
 }  // namespace
 
-const Table kAvx2 = {absmax, range, scales, encode, decode, errors, pack, unpack};
+const Table kAvx2 = {absmax, range, scales, scale_values, spread, encode, decode, errors, pack, unpack};
 
 }  // namespace ng::codec

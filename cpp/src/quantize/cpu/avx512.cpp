@@ -17,12 +17,13 @@ typedef uint32_t U __attribute__((vector_size(64)));
 typedef uint16_t H __attribute__((vector_size(32)));
 
 
-// Markstein's theorem: with y = RN(1 / s) and q within one unit of the last place of x / s, RN(q + r y) = RN(x / s)
-// where r = x - s q. x y is within 1.5 units, so the first step makes q and the second rounds it.
-inline __m512 divide_fast(__m512 x, __m512 s, __m512 y) {
-  const __m512 near = _mm512_mul_ps(x, y);
-  const __m512 q = _mm512_fmadd_ps(_mm512_fnmadd_ps(s, near, x), y, near);
-  return _mm512_fmadd_ps(_mm512_fnmadd_ps(s, q, x), y, q);
+constexpr bool kFused = true;
+inline F fused(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+
+// The lower eight pairs are the first sixteen elements.
+inline F pair_of(const float* scales) {
+  const __m512 first = _mm512_set1_ps(scales[0]);
+  return (F)_mm512_mask_blend_ps(0xff00, first, _mm512_set1_ps(scales[1]));
 }
 
 inline int32_t largest(I x) { return _mm512_reduce_max_epi32((__m512i)x); }
@@ -45,12 +46,12 @@ inline void widen_codes(const uint8_t* codes, I* to) {
   for (int i = 0; i < 4; ++i) to[i] = (I)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + 16 * i)));
 }
 
-inline I widen_halves(const uint8_t* from) {
-  return (I)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+inline void widen_halves(const uint8_t* from, U* to) {
+  to[0] = (U)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
 }
 
-inline void narrow_halves(uint8_t* to, I x) {
-  _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16((__m512i)x));
+inline void narrow_halves(uint8_t* to, const U* from) {
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16((__m512i)from[0]));
 }
 
 // Byte 8 i + j of the wide form (eight codes a word, in the low N bytes) is byte N i + j of the dense one.
@@ -101,6 +102,6 @@ void unpack_block(const uint8_t* packed, uint8_t* codes) {
 
 }  // namespace
 
-const Table kAvx512 = {absmax, range, scales, encode, decode, errors, pack, unpack};
+const Table kAvx512 = {absmax, range, scales, scale_values, spread, encode, decode, errors, pack, unpack};
 
 }  // namespace ng::codec

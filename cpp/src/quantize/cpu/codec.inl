@@ -2,10 +2,11 @@
 // this file inside an unnamed namespace after they define
 //
 //   kLanes                            floats in a vector
-//   F divide_fast(F x, F s, F y)      RN(x / s), given y = RN(1 / s), for s in [kFastLow, kFastHigh]
+//   kFused, F fused(F a, F b, F c)    whether there is RN(a b + c) in one instruction
+//   F pair_of(const float*)           scales of 2 kLanes elements for the vector of their even (or odd) ones, and zeros
 //   largest(I), largest(H)            the largest lane; lanes are not negative
 //   widen_codes, narrow_codes         64 codes, one a byte, to and from vectors of 32-bit lanes
-//   widen_halves, narrow_halves       kLanes 16-bit numbers to and from a vector of 32-bit lanes
+//   widen_halves, narrow_halves       16 16-bit numbers to and from vectors of 32-bit lanes
 //   pack_block<N>, unpack_block<N>    64 codes of N bits, one a byte, to and from 8 N bytes
 //
 // and the vectors F, I, U and H of kLanes float, int32_t, uint32_t and uint16_t. Every operation is an IEEE one on its
@@ -65,69 +66,73 @@ inline F floating_value(I code, const Floating& f) {
 
 constexpr int64_t size_of(Source type) { return type == Source::f32 ? 4 : 2; }
 
+// The even and the odd elements of a vector of pairs, and back.
 template <Source kType>
-inline F load_floats(const uint8_t* from) {
-  if constexpr (kType == Source::f32) {
-    return load<F>(from);
-  } else if constexpr (kType == Source::bf16) {
-    return (F)(widen_halves(from) << 16);
+inline void split_pairs(U pairs, F* even, F* odd) {
+  if constexpr (kType == Source::bf16) {
+    *even = (F)(pairs << 16);
+    *odd = (F)(pairs & 0xffff0000u);
   } else {
-    return floating_value(widen_halves(from), kHalf);
+    *even = floating_value((I)(pairs & 0xffffu), kHalf);
+    *odd = floating_value((I)(pairs >> 16), kHalf);
   }
 }
 
 template <Source kType>
-inline void store_floats(uint8_t* to, F value) {
-  if constexpr (kType == Source::f32) {
-    store(to, value);
+inline U join_pairs(F even, F odd) {
+  if constexpr (kType == Source::bf16) {
+    // NaNs here have no low bits set, so rounding leaves them alone.
+    const U e = (U)even, o = (U)odd;
+    const U low = e + 0x7fff + ((e >> 16) & 1), high = o + 0x7fff + ((o >> 16) & 1);
+    return (low >> 16) | (high & 0xffff0000u);
   } else {
-    const I bits = bits_of(value);
-    const I magnitude = bits & kMagnitude;
-    I narrow;
-    if constexpr (kType == Source::bf16) {
-      const U u = (U)bits;
-      const U rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-      narrow = magnitude > kInfBits ? (I)((u >> 16) | 0x40) : (I)rounded;
-    } else {
-      // Saturating at 2^16 gives the code of infinity.
-      const I sign = (I)((U)bits >> 16) & 0x8000;
-      const I rounded = floating_code(magnitude, kHalf);
-      narrow = sign | (magnitude > kInfBits ? splat(0x7e00) : rounded);
-    }
-    narrow_halves(to, narrow);
+    const auto half = [](F x) {
+      const I magnitude = bits_of(x) & kMagnitude;
+      const I rounded = floating_code(magnitude, kHalf);  // saturating at 2^16 gives the code of infinity
+      return (U)((I)((U)bits_of(x) >> 16 & 0x8000) | (magnitude > kInfBits ? splat(0x7e00) : rounded));
+    };
+    return half(even) | half(odd) << 16;
   }
 }
 
 // --- elements -------------------------------------------------------------------------------------------------
 
-template <bool kFastDivide>
-inline F divide(F x, F s, F y) {
-  if constexpr (kFastDivide) {
-    return divide_fast(x, s, y);
-  } else {
+// RN(x / s) with 1 / s = y + z to about 48 bits. fused(x, y, x z) is x / s rounded from an error below 2^-46 of it.
+//   few_bits: no quotient by a scale of at most 16 bits comes closer to the middle of two floats than 2^-42 of it, so
+//     this is RN(x / s).
+//   corrected: it is within one unit of the last place, so by Markstein's theorem RN(q + (x - s q) y) is RN(x / s).
+// Both hold while no step underflows or overflows: see kFastLow.
+enum class Division { plain, corrected, few_bits };
+
+template <Division kDivision>
+inline F divide(F x, F s, F y, F z) {
+  if constexpr (kDivision == Division::plain) {
     return x / s;
+  } else {
+    const F q = fused(x, y, x * z);
+    return kDivision == Division::few_bits ? q : fused(fused(-s, q, x), y, q);
   }
 }
 
 constexpr float kToInteger = 12582912.0f;     // 1.5 * 2^23: the sum's low bits are x rounded to nearest even
 constexpr int32_t kIntegerZero = 0x4b400000;  // its bits; larger and smaller sums keep their order as integers
 
-template <Kind kKind, bool kFastDivide>
-inline I code_of(F x, F s, F y, I zero, const Element& e) {
+template <Kind kKind, Division kDivision>
+inline I code_of(F x, F s, F y, F z, I zero, const Element& e) {
   if constexpr (kKind == Kind::fp) {
-    const I magnitude = bits_of(divide<kFastDivide>(float_of(bits_of(x) & kMagnitude), s, y));
+    const I magnitude = bits_of(divide<kDivision>(float_of(bits_of(x) & kMagnitude), s, y, z));
     const I sign = (I)((U)bits_of(x) >> (32 - e.bits)) & (1 << (e.bits - 1));
     return floating_code(magnitude, e.fp) | sign;
   } else if constexpr (kKind == Kind::signed_int) {
-    const I sum = bits_of(divide<kFastDivide>(x, s, y) + kToInteger);
+    const I sum = bits_of(divide<kDivision>(x, s, y, z) + kToInteger);
     const I code = min_of(max_of(sum, splat(kIntegerZero + e.low)), splat(kIntegerZero + e.high));
     return code & ((1 << e.bits) - 1);
   } else if constexpr (kKind == Kind::unsigned_int) {
-    const I sum = bits_of(divide<kFastDivide>(x, s, y) + kToInteger);
+    const I sum = bits_of(divide<kDivision>(x, s, y, z) + kToInteger);
     const I near = min_of(max_of(sum, splat(kIntegerZero - 512)), splat(kIntegerZero + 512)) - kIntegerZero;
     return min_of(max_of(near + zero, splat(0)), splat(e.high));
   } else {
-    const F q = divide<kFastDivide>(x, s, y);
+    const F q = divide<kDivision>(x, s, y, z);
     I code = splat(0);
     for (int i = 0; i < 15; ++i) code -= (I)(q >= e.thresholds[i]);
     return code;
@@ -153,11 +158,12 @@ inline F value_of(I code, I zero, const Element& e) {
   }
 }
 
-template <Source kType, Kind kKind, bool kFastDivide>
-void encode_run(const uint8_t* run, int64_t n, const Element& element, const float* scale, const float* inverse,
-                const int32_t* zero, uint8_t* codes, const uint8_t* next) {
+template <Source kType, Kind kKind, Division kDivision>
+void encode_run(const uint8_t* run, int64_t n, const Element& element, const Spread& scales, uint8_t* codes,
+                const uint8_t* next) {
   constexpr int64_t kSize = size_of(kType);
-  const Element e = element;  // a copy, so that stores of codes cannot change it
+  const Element e = element;  // copies, so that stores of codes cannot change them
+  const Spread s = scales;
   uint8_t padded[kBlock * kSize];
   for (int64_t i = 0; i < n; i += kBlock) {
     const uint8_t* from = run + i * kSize;
@@ -169,14 +175,29 @@ void encode_run(const uint8_t* run, int64_t n, const Element& element, const flo
     if (next != nullptr) {
       for (int64_t line = 0; line < kBlock * kSize; line += 64) __builtin_prefetch(next + i * kSize + line);
     }
-    I block[kVectors];
-    for (int64_t v = 0; v < kVectors; ++v) {
-      const int64_t at = (i + v * kLanes) / kSpread;
-      const I z = kKind == Kind::unsigned_int ? splat(zero[at]) : splat(0);
-      const F x = load_floats<kType>(from + v * kLanes * kSize);
-      block[v] = code_of<kKind, kFastDivide>(x, splat(scale[at]), splat(inverse[at]), z, e);
+    if constexpr (kType == Source::f32) {
+      I block[kVectors];
+      for (int64_t v = 0; v < kVectors; ++v) {
+        const int64_t at = (i + v * kLanes) / kSpread;
+        const I zero = kKind == Kind::unsigned_int ? splat(s.zero[at]) : splat(0);
+        block[v] = code_of<kKind, kDivision>(load<F>(from + v * kLanes * kSize), splat(s.scale[at]),
+                                             splat(s.inverse[at]), splat(s.inverse_low[at]), zero, e);
+      }
+      narrow_codes(codes + i, block);
+    } else {
+      U block[kVectors / 2];
+      for (int64_t v = 0; v < kVectors / 2; ++v) {
+        const int64_t at = (i + v * 2 * kLanes) / kSpread;
+        const I zero = kKind == Kind::unsigned_int ? (I)pair_of((const float*)s.zero + at) : splat(0);
+        const F scale = pair_of(s.scale + at), y = pair_of(s.inverse + at), z = pair_of(s.inverse_low + at);
+        F even, odd;
+        split_pairs<kType>(load<U>(from + v * 2 * kLanes * kSize), &even, &odd);
+        block[v] = (U)code_of<kKind, kDivision>(even, scale, y, z, zero, e) |
+                   (U)code_of<kKind, kDivision>(odd, scale, y, z, zero, e) << 8;
+      }
+      narrow_halves(codes + i, block);
+      narrow_halves(codes + i + 32, block + kVectors / 4);
     }
-    narrow_codes(codes + i, block);
   }
   for (int64_t i = n; i % kBlock != 0; ++i) codes[i] = 0;
 }
@@ -190,40 +211,44 @@ void decode_run(const uint8_t* codes, int64_t n, const Element& element, const f
   for (int64_t i = 0; i < n; i += kBlock) {
     const bool tail = n - i < kBlock;
     uint8_t* to = tail ? padded : out + i * kSize;
-    I block[kVectors];
-    widen_codes(codes + i, block);
-    for (int64_t v = 0; v < kVectors; ++v) {
-      const int64_t at = (i + v * kLanes) / kSpread;
-      const I z = kKind == Kind::unsigned_int ? splat(zero[at]) : splat(0);
-      store_floats<kType>(to + v * kLanes * kSize, value_of<kKind>(block[v], z, e) * splat(scale[at]));
+    if constexpr (kType == Source::f32) {
+      I block[kVectors];
+      widen_codes(codes + i, block);
+      for (int64_t v = 0; v < kVectors; ++v) {
+        const int64_t at = (i + v * kLanes) / kSpread;
+        const I z = kKind == Kind::unsigned_int ? splat(zero[at]) : splat(0);
+        store(to + v * kLanes * kSize, value_of<kKind>(block[v], z, e) * splat(scale[at]));
+      }
+    } else {
+      U block[kVectors / 2];
+      widen_halves(codes + i, block);
+      widen_halves(codes + i + 32, block + kVectors / 4);
+      for (int64_t v = 0; v < kVectors / 2; ++v) {
+        const int64_t at = (i + v * 2 * kLanes) / kSpread;
+        const I z = kKind == Kind::unsigned_int ? (I)pair_of((const float*)zero + at) : splat(0);
+        const F s = pair_of(scale + at);
+        const F even = value_of<kKind>((I)(block[v] & 0xff), z, e) * s, odd = value_of<kKind>((I)(block[v] >> 8), z, e) * s;
+        store(to + v * 2 * kLanes * kSize, join_pairs<kType>(even, odd));
+      }
     }
     if (tail) __builtin_memcpy(out + i * kSize, padded, (size_t)((n - i) * kSize));
   }
 }
 
-template <Source kType, Kind kKind>
-double error_of(const uint8_t* run, int64_t n, const Element& element, float s, float inverse, int32_t zero) {
-  constexpr int64_t kSize = size_of(kType);
+template <Kind kKind>
+double error_of(const float* run, int64_t n, const Element& element, float s, int32_t zero) {
   const Element e = element;
   const F divisor = splat(s == 0 ? 1.0f : s);
-  uint8_t padded[kBlock * kSize];
   double sums[kSpread] = {};  // element i adds to sum i % 16 on every instruction set
-  for (int64_t i = 0; i < n; i += kBlock) {
-    const uint8_t* from = run + i * kSize;
-    if (n - i < kBlock) {
-      __builtin_memset(padded, 0, sizeof padded);
-      __builtin_memcpy(padded, from, (size_t)((n - i) * kSize));
-      from = padded;
+  for (int64_t i = 0; i < n; i += kSpread) {
+    float x[kSpread] = {}, errors[kSpread];
+    __builtin_memcpy(x, run + i, (size_t)(n - i < kSpread ? n - i : kSpread) * sizeof(float));
+    for (int64_t j = 0; j < kSpread; j += kLanes) {
+      const F value = load<F>(x + j);
+      const I code = code_of<kKind, Division::plain>(value, divisor, F{}, F{}, splat(zero), e);
+      store(errors + j, value - value_of<kKind>(code, splat(zero), e) * splat(s));
     }
-    for (int64_t k = 0; k < kBlock; k += kSpread) {
-      float errors[kSpread];
-      for (int64_t j = 0; j < kSpread; j += kLanes) {
-        const F x = load_floats<kType>(from + (k + j) * kSize);
-        const I code = code_of<kKind, false>(x, divisor, splat(inverse), splat(zero), e);
-        store(errors + j, x - value_of<kKind>(code, splat(zero), e) * splat(s));
-      }
-      for (int64_t j = 0; j < kSpread; ++j) sums[j] += (double)errors[j] * (double)errors[j];
-    }
+    for (int64_t j = 0; j < kSpread; ++j) sums[j] += (double)errors[j] * (double)errors[j];
   }
   double sum = 0;
   for (int64_t j = 0; j < kSpread; ++j) sum += sums[j];
@@ -237,57 +262,44 @@ float half_to_float(int32_t bits) {
   return v[0];
 }
 
-template <Source kType>
-void absmax_run(const uint8_t* run, int64_t n, int64_t group, float* out) {
+// Magnitudes order like their bits.
+template <Source kType, typename V, typename Lane>
+float absmax_run(const uint8_t* run, int64_t n, int64_t group, float* out) {
+  constexpr Lane kMask = (Lane)(kType == Source::f32 ? kMagnitude : 0x7fff);
+  constexpr auto to_float = [](int32_t bits) {
+    return kType == Source::f16 ? half_to_float(bits) : __builtin_bit_cast(float, kType == Source::f32 ? bits : bits << 16);
+  };
+  const Lane* from = (const Lane*)run;
+  int32_t all = 0;
   for (int64_t g = 0; g * group < n; ++g) {
     const int64_t end = (g + 1) * group < n ? (g + 1) * group : n;
     int64_t i = g * group;
-    int32_t most = 0;  // magnitudes order like their bits
-    if constexpr (kType == Source::f32) {
-      I lanes = splat(0);
-      for (; i + kLanes <= end; i += kLanes) lanes = max_of(lanes, load<I>(run + i * 4) & kMagnitude);
-      most = largest(lanes);
-      for (; i < end; ++i) {
-        int32_t bits;
-        __builtin_memcpy(&bits, run + i * 4, 4);
-        bits &= kMagnitude;
-        most = bits > most ? bits : most;
-      }
-    } else {
-      H lanes = {};
-      for (; i + kLanes <= end; i += kLanes) {
-        const H bits = load<H>(run + i * 2) & 0x7fff;
-        lanes = bits > lanes ? bits : lanes;
-      }
-      most = largest(lanes);
-      for (; i < end; ++i) {
-        uint16_t bits;
-        __builtin_memcpy(&bits, run + i * 2, 2);
-        bits &= 0x7fff;
-        most = bits > most ? bits : most;
-      }
+    V lanes = {};
+    for (; i + kLanes <= end; i += kLanes) {
+      const V bits = load<V>(from + i) & kMask;
+      lanes = bits > lanes ? bits : lanes;
     }
-    out[g] = kType == Source::f32    ? __builtin_bit_cast(float, most)
-             : kType == Source::bf16 ? __builtin_bit_cast(float, most << 16)
-                                     : half_to_float(most);
+    int32_t most = largest(lanes);
+    for (; i < end; ++i) {
+      Lane bits;
+      __builtin_memcpy(&bits, from + i, sizeof bits);
+      bits &= kMask;
+      most = bits > most ? bits : most;
+    }
+    out[g] = to_float(most);
+    all = most > all ? most : all;
   }
+  return to_float(all);
 }
 
-template <Source kType>
-void range_run(const uint8_t* run, int64_t n, int64_t group, float* low, float* high) {
-  constexpr int64_t kSize = size_of(kType);
+void range(const float* run, int64_t n, int64_t group, float* low, float* high) {
   for (int64_t g = 0; g * group < n; ++g) {
     const int64_t end = (g + 1) * group < n ? (g + 1) * group : n;
-    F lows = splat(0.0f), highs = splat(0.0f);
+    F lows = {}, highs = {};
     for (int64_t i = g * group; i < end; i += kLanes) {
-      uint8_t padded[kLanes * kSize];
-      const uint8_t* from = run + i * kSize;
-      if (end - i < kLanes) {
-        __builtin_memset(padded, 0, sizeof padded);
-        __builtin_memcpy(padded, from, (size_t)((end - i) * kSize));
-        from = padded;
-      }
-      const F x = load_floats<kType>(from);
+      float padded[kLanes] = {};
+      __builtin_memcpy(padded, run + i, (size_t)(end - i < kLanes ? end - i : kLanes) * sizeof(float));
+      const F x = load<F>(padded);
       lows = x < lows ? x : lows;
       highs = x > highs ? x : highs;
     }
@@ -350,60 +362,102 @@ inline float scale_value(int32_t bits) {
   return __builtin_bit_cast(float, field + implied + kRebias) - removed;
 }
 
-template <Scale kType>
-void scales_run(const double* ranges, int64_t count, const ScaleRule& rule, uint32_t* stored, float* scale,
-                float* inverse) {
+template <Scale kType, typename Stored>
+void scales_run(const double* ranges, int64_t count, const ScaleRule& rule, Stored* stored, const ScaleArrays& out) {
   const double divisor = rule.divisor == 0 ? 1 : rule.divisor;  // 0: the global scale is 0, and so is every range
   const float global = rule.global;
   const bool ceil = rule.ceil;
+  float* __restrict scale = out.scale;
+  float* __restrict inverse = out.inverse;
+  float* __restrict inverse_low = out.inverse_low;
   for (int64_t i = 0; i < count; ++i) {
     const int32_t bits = stored_scale<kType>(ranges[i] / divisor, ceil);
     const float value = scale_value<kType>(bits) * global;
-    stored[i] = value == 0 ? 0 : (uint32_t)bits;
+    const bool zero = value == 0 || ranges[i] == 0;
+    const float y = 1 / value;
+    stored[i] = (Stored)(value == 0 ? 0 : bits);
     scale[i] = value;
-    inverse[i] = value == 0 || ranges[i] == 0 ? 0 : 1 / value;
+    inverse[i] = zero ? 0 : y;
+    inverse_low[i] = zero ? 0 : (float)(1 / (double)value - (double)y);
+  }
+}
+
+template <Scale kType, typename Stored>
+void scale_values_run(const uint8_t* from, int64_t count, float global, float* out) {
+  constexpr int32_t kInf = kType == Scale::fp16 ? 0x7c00 : kType == Scale::bf16 ? 0x7f80 : kInfBits;
+  for (int64_t i = 0; i < count; ++i) {
+    Stored stored;
+    __builtin_memcpy(&stored, from + i * (int64_t)sizeof stored, sizeof stored);
+    const int32_t bits = (int32_t)stored;
+    float value;
+    bool nan;
+    if constexpr (kType == Scale::e8m0) {
+      value = scale_value<kType>(bits);
+      nan = bits == 255;
+    } else {
+      // Stored scales may come from anywhere, so signs and special codes count too.
+      constexpr int kBits = (int)sizeof(Stored) * 8;
+      const int32_t magnitude = bits & (int32_t)(0xffffffffu >> (33 - kBits));
+      const float positive = scale_value<kType>(magnitude);
+      value = __builtin_bit_cast(float, __builtin_bit_cast(int32_t, positive) | (magnitude >= kInf ? kInfBits : 0) |
+                                            (int32_t)((uint32_t)(bits ^ magnitude) << (32 - kBits)));
+      nan = kType == Scale::e4m3 ? magnitude == 0x7f : magnitude > kInf;
+    }
+    value *= global;
+    out[i] = nan || value != value ? __builtin_nanf("") : value;
+  }
+}
+
+void spread(const float* from, int64_t count, int64_t step, float* out) {
+  for (int64_t g = 0; g < count; ++g) {
+    const F value = splat(from[g]);
+    for (int64_t i = 0; i < step; i += kLanes) store(out + g * step + i, value);
   }
 }
 
 // --- the table ------------------------------------------------------------------------------------------------
 
-void absmax(const void* run, Source type, int64_t n, int64_t group, float* out) {
+float absmax(const void* run, Source type, int64_t n, int64_t group, float* out) {
   const auto* bytes = (const uint8_t*)run;
   switch (type) {
     case Source::f32:
-      return absmax_run<Source::f32>(bytes, n, group, out);
+      return absmax_run<Source::f32, I, int32_t>(bytes, n, group, out);
     case Source::f16:
-      return absmax_run<Source::f16>(bytes, n, group, out);
+      return absmax_run<Source::f16, H, uint16_t>(bytes, n, group, out);
     case Source::bf16:
-      return absmax_run<Source::bf16>(bytes, n, group, out);
+      break;
   }
+  return absmax_run<Source::bf16, H, uint16_t>(bytes, n, group, out);
 }
 
-void range(const void* run, Source type, int64_t n, int64_t group, float* low, float* high) {
-  const auto* bytes = (const uint8_t*)run;
-  switch (type) {
-    case Source::f32:
-      return range_run<Source::f32>(bytes, n, group, low, high);
-    case Source::f16:
-      return range_run<Source::f16>(bytes, n, group, low, high);
-    case Source::bf16:
-      return range_run<Source::bf16>(bytes, n, group, low, high);
-  }
-}
-
-void scales(const double* ranges, int64_t count, const ScaleRule& rule, uint32_t* stored, float* scale,
-            float* inverse) {
+void scales(const double* ranges, int64_t count, const ScaleRule& rule, void* stored, const ScaleArrays& out) {
   switch (rule.type) {
     case Scale::fp32:
-      return scales_run<Scale::fp32>(ranges, count, rule, stored, scale, inverse);
+      return scales_run<Scale::fp32>(ranges, count, rule, (uint32_t*)stored, out);
     case Scale::fp16:
-      return scales_run<Scale::fp16>(ranges, count, rule, stored, scale, inverse);
+      return scales_run<Scale::fp16>(ranges, count, rule, (uint16_t*)stored, out);
     case Scale::bf16:
-      return scales_run<Scale::bf16>(ranges, count, rule, stored, scale, inverse);
+      return scales_run<Scale::bf16>(ranges, count, rule, (uint16_t*)stored, out);
     case Scale::e8m0:
-      return scales_run<Scale::e8m0>(ranges, count, rule, stored, scale, inverse);
+      return scales_run<Scale::e8m0>(ranges, count, rule, (uint8_t*)stored, out);
     case Scale::e4m3:
-      return scales_run<Scale::e4m3>(ranges, count, rule, stored, scale, inverse);
+      return scales_run<Scale::e4m3>(ranges, count, rule, (uint8_t*)stored, out);
+  }
+}
+
+void scale_values(const void* stored, Scale type, int64_t count, float global, float* out) {
+  const auto* bytes = (const uint8_t*)stored;
+  switch (type) {
+    case Scale::fp32:
+      return scale_values_run<Scale::fp32, uint32_t>(bytes, count, global, out);
+    case Scale::fp16:
+      return scale_values_run<Scale::fp16, uint16_t>(bytes, count, global, out);
+    case Scale::bf16:
+      return scale_values_run<Scale::bf16, uint16_t>(bytes, count, global, out);
+    case Scale::e8m0:
+      return scale_values_run<Scale::e8m0, uint8_t>(bytes, count, global, out);
+    case Scale::e4m3:
+      return scale_values_run<Scale::e4m3, uint8_t>(bytes, count, global, out);
   }
 }
 
@@ -441,21 +495,27 @@ inline void with_types(Source source, Kind kind, Function f) {
   }
 }
 
-// Between these scales no step of divide_fast() underflows or overflows for any quotient that is not coded as 0 or
-// as the largest code of every element type.
+// Between these scales no step of divide() underflows or overflows for any quotient that is not coded as 0 or as the
+// largest code of every element type.
 constexpr float kFastLow = 0x1p-36f;
 constexpr float kFastHigh = 0x1p60f;
 
-void encode(const void* run, Source type, int64_t n, const Element& element, const float* scale, const float* inverse,
-            const int32_t* zero, uint8_t* codes, const void* next) {
+void encode(const void* run, Source type, int64_t n, const Element& element, const Spread& scales, uint8_t* codes,
+            const void* next) {
   int outside = 0;
   for (int64_t i = 0; i * kSpread < n; ++i) {
-    outside |= (scale[i] != 0) & ((scale[i] < kFastLow) | (scale[i] > kFastHigh));
+    const float s = scales.scale[i];
+    outside |= (s != 0) & ((s < kFastLow) | (s > kFastHigh));
   }
   with_types(type, element.kind, [&](auto t, auto k) {
-    const auto f = outside == 0 ? encode_run<decltype(t)::value, decltype(k)::value, true>
-                                : encode_run<decltype(t)::value, decltype(k)::value, false>;
-    f((const uint8_t*)run, n, element, scale, inverse, zero, codes, (const uint8_t*)next);
+    constexpr Source kType = decltype(t)::value;
+    constexpr Kind kKind = decltype(k)::value;
+    auto f = encode_run<kType, kKind, Division::plain>;
+    if constexpr (kFused) {
+      if (outside == 0 && scales.few_bits) f = encode_run<kType, kKind, Division::few_bits>;
+      if (outside == 0 && !scales.few_bits) f = encode_run<kType, kKind, Division::corrected>;
+    }
+    f((const uint8_t*)run, n, element, scales, codes, (const uint8_t*)next);
   });
 }
 
@@ -466,13 +526,10 @@ void decode(const uint8_t* codes, int64_t n, const Element& element, const float
   });
 }
 
-void errors(const void* run, Source type, int64_t n, const Element& element, int64_t count, const float* scale,
-            const float* inverse, const int32_t* zero, double* out) {
-  with_types(type, element.kind, [&](auto t, auto k) {
-    for (int64_t i = 0; i < count; ++i) {
-      out[i] = error_of<decltype(t)::value, decltype(k)::value>((const uint8_t*)run, n, element, scale[i], inverse[i],
-                                                                zero[i]);
-    }
+void errors(const float* run, int64_t n, const Element& element, int64_t count, const float* scale,
+            const int32_t* zero, double* out) {
+  with_kind(element.kind, SourceTag<Source::f32>{}, [&](auto, auto k) {
+    for (int64_t i = 0; i < count; ++i) out[i] = error_of<decltype(k)::value>(run, n, element, scale[i], zero[i]);
   });
 }
 

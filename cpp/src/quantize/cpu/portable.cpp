@@ -15,8 +15,11 @@ typedef uint32_t U __attribute__((vector_size(16)));
 typedef uint16_t H __attribute__((vector_size(8)));
 
 
-// One instruction wherever there is no fused multiply-add to do better with.
-inline F divide_fast(F x, F s, F) { return x / s; }
+constexpr bool kFused = false;
+inline F fused(F a, F b, F c) { return a * b + c; }
+
+// Sixteen elements share a scale.
+inline F pair_of(const float* scales) { return *scales - F{}; }
 
 template <typename V>
 inline int32_t largest(V x) {
@@ -55,15 +58,20 @@ inline void widen_codes(const uint8_t* codes, I* to) {
   }
 }
 
-inline I widen_halves(const uint8_t* from) {
-  Halves x = {};
-  __builtin_memcpy(&x, from, 8);
-  return (I)__builtin_shufflevector(x, Halves{}, 0, 8, 1, 9, 2, 10, 3, 11);
+inline void widen_halves(const uint8_t* from, U* to) {
+  for (int i = 0; i < 2; ++i, from += 16, to += 2) {
+    Halves x;
+    __builtin_memcpy(&x, from, 16);
+    to[0] = (U)__builtin_shufflevector(x, Halves{}, 0, 8, 1, 9, 2, 10, 3, 11);
+    to[1] = (U)__builtin_shufflevector(x, Halves{}, 4, 12, 5, 13, 6, 14, 7, 15);
+  }
 }
 
-inline void narrow_halves(uint8_t* to, I x) {
-  const Halves packed = __builtin_shufflevector((Halves)x, (Halves)x, 0, 2, 4, 6, 0, 2, 4, 6);
-  __builtin_memcpy(to, &packed, 8);
+inline void narrow_halves(uint8_t* to, const U* from) {
+  for (int i = 0; i < 2; ++i, from += 2) {
+    const Halves packed = __builtin_shufflevector((Halves)from[0], (Halves)from[1], 0, 2, 4, 6, 8, 10, 12, 14);
+    __builtin_memcpy(to + 16 * i, &packed, 16);
+  }
 }
 
 // Eight codes a word: neighbours are joined in three steps, to 2, 4 and 8 codes of N bits.
@@ -99,6 +107,6 @@ void unpack_block(const uint8_t* packed, uint8_t* codes) {
 
 }  // namespace
 
-const Table kPortable = {absmax, range, scales, encode, decode, errors, pack, unpack};
+const Table kPortable = {absmax, range, scales, scale_values, spread, encode, decode, errors, pack, unpack};
 
 }  // namespace ng::codec
