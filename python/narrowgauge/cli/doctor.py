@@ -1,0 +1,222 @@
+"""`narrowgauge doctor`: what this machine has, what narrowgauge makes of it, and what it does not use yet."""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import importlib.util
+import os
+import platform
+import shutil
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.table import Table
+
+import narrowgauge as ng
+from narrowgauge import _native
+from narrowgauge.cli.output import JsonOption, Output, table
+
+_READ_BYTES = 512 << 20  # well above any cache here
+_READ_RUNS = 5
+_ROOMS = ("quantize", "linear")  # those with kernels per instruction set
+_NEEDS = {
+    "avx2": ("avx2", "fma", "f16c", "bmi2"),
+    "avx512": (
+        "avx512f",
+        "avx512bw",
+        "avx512dq",
+        "avx512vl",
+        "avx512_vbmi",
+        "avx512_vbmi2",
+        "avx512_vnni",
+        "avx512_bf16",
+    ),
+}
+
+
+class Finding(NamedTuple):
+    """An optional part of the machine: whether it is there, what was seen, and what it would enable."""
+
+    name: str
+    found: bool
+    seen: str
+    enables: str
+
+
+def command(json: JsonOption = False) -> None:
+    """Show the CPU, the kernels chosen and why, threads, memory bandwidth, and what optional parts are found."""
+    output = Output(json)
+    if torch_version() is not None:
+        importlib.import_module("narrowgauge.ops")  # the kernels then run on torch's threads, as they do in use
+    with output.progress() as progress:
+        progress.add_task("measuring memory bandwidth", total=None)
+        bandwidth = read_bandwidth()
+    report: dict[str, Any] = {
+        "narrowgauge": ng.__version__,
+        "python": platform.python_version(),
+        "torch": torch_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": _native.cpu_name(),
+        "cpu_features": list(_native.cpu_features()),
+        "isa": _native.isa(),
+        "isa_reason": isa_reason(),
+        "kernels": {room: _native.isa() for room in _ROOMS},
+        "threads": _native.threads(),
+        "executor": _native.executor_name(),
+        "read_bandwidth_gb_s": bandwidth,
+        "huge_pages": huge_pages(),
+        "optional": [finding._asdict() for finding in optional_parts()],
+    }
+    output.result(report, _summary(report), _optional(report))
+
+
+def _summary(report: dict[str, Any]) -> Table:
+    bandwidth = report["read_bandwidth_gb_s"]
+    rows = [
+        ("narrowgauge", f"{report['narrowgauge']}, Python {report['python']}, torch {report['torch'] or 'not found'}"),
+        ("system", report["system"]),
+        ("CPU", report["cpu"]),
+        ("features", " ".join(report["cpu_features"]) or "none that matter here"),
+        ("instruction set", f"{report['isa']}: {report['isa_reason']}"),
+        ("kernels", ", ".join(f"{room}: {isa}" for room, isa in report["kernels"].items())),
+        ("threads", f"{report['threads']} ({report['executor']})"),
+        (
+            "memory",
+            f"{bandwidth:.1f} GB/s streaming read, best of {_READ_RUNS} over {_READ_BYTES >> 20} MiB"
+            if bandwidth
+            else "not measured: not enough free memory",
+        ),
+        ("huge pages", report["huge_pages"]),
+    ]
+    return table(["", "found"], rows)
+
+
+def _optional(report: dict[str, Any]) -> Table:
+    rows = [
+        (part["name"], "yes" if part["found"] else "no", part["seen"], part["enables"]) for part in report["optional"]
+    ]
+    return table(["optional part", "found", "seen", "what it would enable"], rows)
+
+
+def isa_reason() -> str:
+    """Why the instruction set in use is the one in use."""
+    features, supported = set(_native.cpu_features()), list(_native.supported_isas())
+    if forced := os.environ.get("NARROWGAUGE_ISA"):
+        return f"forced by NARROWGAUGE_ISA={forced}; this CPU runs up to {supported[-1]}"
+    best = supported[-1]
+    if _native.isa() != best:
+        return f"forced by force_isa(); this CPU runs up to {best}"
+    higher = [isa for isa in _NEEDS if isa not in supported]
+    if not higher:
+        return "the highest there is"
+    lacking = [name for name in _NEEDS[higher[0]] if name not in features]
+    return f"{higher[0]} needs {', '.join(lacking)}, which this CPU or its operating system does not offer"
+
+
+def read_bandwidth() -> float | None:
+    """GB/s of reading memory on all threads: the limit of a layer whose weights are read once. None if memory lacks."""
+    try:
+        block = bytearray(b"\x01") * _READ_BYTES  # written, so that every page exists
+    except MemoryError:
+        return None
+    best = float("inf")
+    for _ in range(_READ_RUNS):
+        start = time.perf_counter()
+        _native.stream_read(_as_array(block))
+        best = min(best, time.perf_counter() - start)
+    return _READ_BYTES / best / 1e9
+
+
+def torch_version() -> str | None:
+    if importlib.util.find_spec("torch") is None:
+        return None
+    from importlib.metadata import version
+
+    return version("torch")
+
+
+def huge_pages() -> str:
+    """The kernel's setting, in words."""
+    setting = _read("/sys/kernel/mm/transparent_hugepage/enabled")
+    chosen = setting[setting.find("[") + 1 : setting.find("]")] if "[" in setting else "unknown"
+    meaning = {
+        "always": "transparent for all memory",
+        "madvise": "transparent where asked for, as narrowgauge does for weights",
+        "never": "off: large matrices pay for more TLB misses",
+    }.get(chosen, "no such setting in this kernel")
+    reserved = next((line.split()[1] for line in _read("/proc/meminfo").splitlines() if "HugePages_Total" in line), "0")
+    return f"{chosen} ({meaning}); {reserved} reserved"
+
+
+def optional_parts() -> list[Finding]:
+    """What later versions can use, looked for and not used by this one."""
+    nccl = _library("nccl", "libnccl.so.2") or _package("nvidia.nccl")
+    mpi = shutil.which("mpirun") or _package("mpi4py")
+    uring = _io_uring()
+    later = "; not used by this version"
+    return [
+        _cuda(later),
+        Finding("nvcc", (nvcc := shutil.which("nvcc")) is not None, nvcc or "not on PATH",
+                "building GPU kernels from source" + later),
+        Finding("NCCL", nccl is not None, nccl or "no libnccl.so.2, no nvidia-nccl package",
+                "narrow collectives between GPUs" + later),
+        Finding("MPI", mpi is not None, mpi or "no mpirun on PATH, no mpi4py", "collectives over MPI" + later),
+        Finding("io_uring", uring == "ready", uring, "asynchronous direct I/O of checkpoints" + later),
+        Finding("liburing", (lib := _library("uring", "liburing.so.2")) is not None, lib or "no liburing.so.2",
+                "building the io_uring path" + later),
+    ]  # fmt: skip
+
+
+def _cuda(later: str) -> Finding:
+    enables = "narrow layers on NVIDIA GPUs" + later
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return Finding("CUDA driver", False, "no libcuda.so.1", enables)
+    count = ctypes.c_int(0)
+    if (status := driver.cuInit(0)) != 0 or (status := driver.cuDeviceGetCount(ctypes.byref(count))) != 0:
+        return Finding("CUDA driver", False, f"libcuda.so.1 is there but answers error {status}", enables)
+    return Finding("CUDA driver", count.value > 0, f"libcuda.so.1, {count.value} GPUs", enables)
+
+
+def _io_uring() -> str:
+    """'ready', or why not: asked of the kernel with a call that cannot succeed."""
+    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"):
+        return "no such system call here"
+    io_uring_setup, entries = 425, 1
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.syscall(ctypes.c_long(io_uring_setup), ctypes.c_uint(entries), ctypes.c_void_p(0))
+    error = ctypes.get_errno()
+    efault = 14
+    return "ready" if error == efault else f"refused by the kernel: {os.strerror(error)}"
+
+
+def _library(name: str, soname: str) -> str | None:
+    return soname if ctypes.util.find_library(name) is not None else None
+
+
+def _package(name: str) -> str | None:
+    try:
+        return f"Python package {name}" if importlib.util.find_spec(name) is not None else None
+    except ModuleNotFoundError:  # the parent of a dotted name is absent
+        return None
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return ""
+
+
+def _as_array(block: bytearray) -> Any:
+    """The bytes as an array that speaks DLPack: numpy's or torch's, whichever is installed."""
+    if importlib.util.find_spec("numpy") is not None:
+        import numpy
+
+        return numpy.frombuffer(block, dtype=numpy.uint8)
+    import torch
+
+    return torch.frombuffer(block, dtype=torch.uint8)
