@@ -28,15 +28,11 @@ struct Entry {
 
 std::string scale_file_dtype(ScaleType type) {
   switch (type) {
-    case ScaleType::fp32:
-      return "F32";
-    case ScaleType::fp16:
-      return "F16";
-    case ScaleType::bf16:
-      return "BF16";
+    case ScaleType::fp32: return "F32";
+    case ScaleType::fp16: return "F16";
+    case ScaleType::bf16: return "BF16";
     case ScaleType::e8m0:
-    case ScaleType::e4m3:
-      break;  // safetensors' readers know neither
+    case ScaleType::e4m3: break;  // safetensors' readers know neither
   }
   return "U8";
 }
