@@ -56,13 +56,15 @@ struct ScaleArrays {
   float* inverse_low;  // RN(1 / scale - inverse)
 };
 
-// The same, one entry per 16 elements of a run (entries for whole blocks of 64), with zero points.
+// The scales of a run, with zero points, one entry for every 2^shift elements: 16 or 64. Blocks of 64 elements are read
+// whole, so there are entries (of any value) for them.
 struct Spread {
+  int shift;
   const float* scale;
-  const float* inverse;
-  const float* inverse_low;
-  const int32_t* zero;  // uintN only
-  bool few_bits;        // all scales have at most 16 significant bits
+  const float* inverse;      // decode does not read it
+  const float* inverse_low;  // nor this
+  const int32_t* zero;       // uintN only
+  bool few_bits;             // all scales have at most 16 significant bits
 };
 
 struct Table {
@@ -80,13 +82,12 @@ struct Table {
   // out[i * step + j] = from[i] for j < step. Writes up to 16 entries more.
   void (*spread)(const float* from, int64_t count, int64_t step, float* out);
 
-  // codes[i] = code of run[i] against entry i / 16 of `scales`, one a byte, for i below n rounded up to 64.
+  // codes[i] = code of run[i] against its scale, one a byte, for i below n rounded up to 64.
   // Reads n elements. Requests the cache lines of `next` onwards, as many bytes as it reads, if not null.
   void (*encode)(const void* run, Source type, int64_t n, const Element& element, const Spread& scales,
                  uint8_t* codes, const void* next);
   // out[i] = value of codes[i] times its scale. Writes n elements.
-  void (*decode)(const uint8_t* codes, int64_t n, const Element& element, const float* scale, const int32_t* zero,
-                 Source type, void* out);
+  void (*decode)(const uint8_t* codes, int64_t n, const Element& element, const Spread& scales, Source type, void* out);
   // Squared error of encoding and decoding the run with each of `count` scales (and zeros). The sum's order is fixed.
   void (*errors)(const float* run, int64_t n, const Element& element, int64_t count, const float* scale,
                  const int32_t* zero, double* out);

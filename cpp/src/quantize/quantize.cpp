@@ -157,20 +157,45 @@ int64_t run_length(const Format& format) {
 
 // --- quantize -------------------------------------------------------------------------------------------------
 
-// The scales of a run's groups and their zero points, and the same spread to one per 16 elements.
+// Elements for which the kernels see one scale, as a power of two: whole blocks where groups allow it.
+int spread_shift(int64_t group) { return group % kBlock == 0 ? 6 : 4; }
+
+// The scales of a run's groups and their zero points, and the same spread for the kernels.
 struct Scales {
   static constexpr size_t kMost = kRun / kSpread;
-  // Entries are written in vectors, so the last may run over.
-  using Floats = std::array<float, kMost + kSpread>;
-  using Ints = std::array<int32_t, kMost + kSpread>;
+  // Vectors are written whole, so the last may run over.
+  template <typename T>
+  using Array = std::array<T, kMost + kSpread>;
 
-  alignas(4) std::array<std::byte, 4 * kMost> stored;
-  std::array<float, kMost> scale, inverse, inverse_low;
-  std::array<int32_t, kMost> zero;
-  alignas(64) Floats spread_scale, spread_inverse, spread_inverse_low;
-  Ints spread_zero;
+  alignas(64) std::array<std::byte, 4 * kMost> stored;
+  Array<float> scale, inverse, inverse_low;
+  Array<int32_t> zero;
+  Array<float> spread_scale, spread_inverse, spread_inverse_low;
+  Array<int32_t> spread_zero;
 
   codec::ScaleArrays arrays() { return {scale.data(), inverse.data(), inverse_low.data()}; }
+
+  // pre: entries for `count` groups of `group` elements, of a run of n.
+  codec::Spread spread(const codec::Table& table, int64_t count, int64_t group, int64_t n, bool reciprocals,
+                       bool zeros, bool few_bits) {
+    const int shift = spread_shift(group);
+    const int64_t unit = int64_t{1} << shift;
+    const int64_t step = (std::min(group, n) + unit - 1) / unit;
+    const auto each = [&](const Array<float>& from, Array<float>& to) {
+      if (step == 1) return from.data();
+      table.spread(from.data(), count, step, to.data());
+      return static_cast<const float*>(to.data());
+    };
+    for (int64_t g = 0; zeros && g < count; ++g) {
+      std::fill_n(spread_zero.begin() + g * step, step, zero[static_cast<size_t>(g)]);
+    }
+    return {shift,
+            each(scale, spread_scale),
+            reciprocals ? each(inverse, spread_inverse) : nullptr,
+            reciprocals ? each(inverse_low, spread_inverse_low) : nullptr,
+            spread_zero.data(),
+            few_bits};
+  }
 };
 
 struct Range {
@@ -403,25 +428,19 @@ class Quantizer {
     }
   }
 
-  void spread(int64_t count, int64_t step, Scales& scales) const {
-    table_.spread(scales.scale.data(), count, step, scales.spread_scale.data());
-    table_.spread(scales.inverse.data(), count, step, scales.spread_inverse.data());
-    table_.spread(scales.inverse_low.data(), count, step, scales.spread_inverse_low.data());
-    for (int64_t g = 0; has_zeros_ && g < count; ++g) {
-      std::fill_n(scales.spread_zero.begin() + g * step, step, scales.zero[static_cast<size_t>(g)]);
-    }
+  codec::Spread spread(int64_t count, int64_t group, int64_t n, Scales& scales) const {
+    return scales.spread(table_, count, group, n, true, has_zeros_, few_bits_);
   }
 
-  // Codes of a run whose scales are known. `spread` covers the run; groups of `group` elements.
-  void encode(int64_t row, int64_t begin, const Run& run, int64_t group, const Scales& scales, const void* next) const {
+  // Codes of a run whose scales are known, those of groups of `group` elements, spread.
+  void encode(int64_t row, int64_t begin, const Run& run, int64_t group, const Scales& scales,
+              const codec::Spread& spread, const void* next) const {
     alignas(64) std::array<uint8_t, kRun> codes;
     if (options_.stochastic) {
       std::fill(codes.begin(), codes.end(), uint8_t{0});
-      encode_stochastic(static_cast<const float*>(run.data), run.n, row * weights_.cols + begin, options_.seed,
-                        element_, scales.spread_scale.data(), scales.spread_zero.data(), codes.data());
+      encode_stochastic(static_cast<const float*>(run.data), run.n, row * weights_.cols + begin, options_.seed, element_,
+                        spread, codes.data());
     } else {
-      const codec::Spread spread{scales.spread_scale.data(), scales.spread_inverse.data(),
-                                 scales.spread_inverse_low.data(), scales.spread_zero.data(), few_bits_};
       table_.encode(run.data, run.type, run.n, element_, spread, codes.data(), next);
     }
     for (int64_t g = 0; g * group < run.n; ++g) {
@@ -453,12 +472,11 @@ class Quantizer {
       }
     }
     make_scales(widths.data(), low.data(), count, scales);
-    spread(count, std::min(group_, run.n + kSpread - 1) / kSpread, scales);
     store_scales(row, begin / group_, count, scales);
-    encode(row, begin, run, group_, scales, source(row, begin + run.n));
+    encode(row, begin, run, group_, scales, spread(count, group_, run.n, scales), source(row, begin + run.n));
   }
 
-  void set_row_scale(int64_t row, const Range& range, Scales& scales) {
+  codec::Spread set_row_scale(int64_t row, const Range& range, Scales& scales) {
     double widest = width(range);
     if (options_.search == ScaleSearch::mse) {
       Candidates tried = candidates(range);
@@ -470,29 +488,33 @@ class Quantizer {
       widest = best_width(tried);
     }
     make_scales(&widest, &range.low, 1, scales);
-    spread(1, kRun / kSpread, scales);
     store_scales(row, 0, 1, scales);
+    return spread(1, kRun, kRun, scales);
   }
 
-  void encode_row_run(int64_t row, int64_t run_index, const Scales& scales, const void* next) const {
+  void encode_row_run(int64_t row, int64_t run_index, const Scales& scales, const codec::Spread& spread,
+                      const void* next) const {
     Scratch scratch;
     const Run run = load(row, run_begin(run_index), run_size(run_index), scratch);
-    encode(row, run_begin(run_index), run, run.n, scales, next);
+    encode(row, run_begin(run_index), run, run.n, scales, spread, next);
   }
 
   void whole_row(int64_t row) {
     Range range;
     for (int64_t run = 0; run < runs_; ++run) range = join(range, run_range(row, run));
     Scales scales;
-    set_row_scale(row, range, scales);
-    for (int64_t run = 0; run < runs_; ++run) encode_row_run(row, run, scales, source(row + 1, run_begin(run)));
+    const codec::Spread spread = set_row_scale(row, range, scales);
+    for (int64_t run = 0; run < runs_; ++run) {
+      encode_row_run(row, run, scales, spread, source(row + 1, run_begin(run)));
+    }
   }
 
   void split_row(int64_t row, Executor& executor) {
     Scales scales;
-    set_row_scale(row, parallel_range(runs_, executor, [&](int64_t run) { return run_range(row, run); }), scales);
+    const Range range = parallel_range(runs_, executor, [&](int64_t run) { return run_range(row, run); });
+    const codec::Spread spread = set_row_scale(row, range, scales);
     executor.parallel_for(runs_, kGrain / kRun, [&](int64_t begin, int64_t end) {
-      for (int64_t run = begin; run < end; ++run) encode_row_run(row, run, scales, nullptr);
+      for (int64_t run = begin; run < end; ++run) encode_row_run(row, run, scales, spread, nullptr);
     });
   }
 
@@ -595,22 +617,18 @@ void dequantize(const CanonicalView& matrix, const TensorView& out, Executor& ex
       matrix.rows * runs, std::max<int64_t>(1, kGrain / std::min(length, matrix.cols)),
       [&](int64_t first, int64_t last) {
         alignas(64) std::array<uint8_t, kRun> codes;
-        std::array<float, Scales::kMost> scale;
-        alignas(64) Scales::Floats spread_scale;
-        Scales::Ints spread_zero;
+        Scales scales;
         for (int64_t unit = first; unit < last; ++unit) {
           const int64_t row = unit / runs, begin = unit % runs * length;
           const int64_t n = std::min(length, matrix.cols - begin);
-          const int64_t count = (n + group - 1) / group, step = std::min(group, n + kSpread - 1) / kSpread;
+          const int64_t count = (n + group - 1) / group;
           const int64_t at = row * groups + (format.group == 0 ? 0 : begin / group);
           kernels.scale_values(static_cast<const std::byte*>(matrix.scales) + at * scale_size,
-                               static_cast<codec::Scale>(format.scale), count, global, scale.data());
-          kernels.spread(scale.data(), count, step, spread_scale.data());
-          for (int64_t g = 0; has_zeros && g < count; ++g) {
-            std::fill_n(spread_zero.begin() + g * step, step, matrix.zeros[at + g]);
-          }
+                               static_cast<codec::Scale>(format.scale), count, global, scales.scale.data());
+          for (int64_t g = 0; has_zeros && g < count; ++g) scales.zero[static_cast<size_t>(g)] = matrix.zeros[at + g];
+          const codec::Spread spread = scales.spread(kernels, count, group, n, false, has_zeros, false);
           kernels.unpack(matrix.codes + row * row_bytes + begin / 8 * element.bits, n, element.bits, codes.data());
-          kernels.decode(codes.data(), n, element, spread_scale.data(), spread_zero.data(), type,
+          kernels.decode(codes.data(), n, element, spread, type,
                          static_cast<std::byte*>(dense.data) + (row * dense.row_stride + begin) * out_size);
         }
       });

@@ -61,15 +61,16 @@ int code_of(float q, double random, int zero, const Element& e) {
 }  // namespace
 
 void encode_stochastic(const float* x, int64_t n, int64_t index, uint64_t seed, const Element& element,
-                       const float* scale, const int32_t* zero, uint8_t* codes) {
+                       const codec::Spread& scales, uint8_t* codes) {
   std::array<uint32_t, 4> words{};
   for (int64_t i = 0; i < n; ++i) {
     const auto place = static_cast<uint64_t>(index + i);
     if (i == 0 || (place & 3) == 0) words = philox(place >> 2, seed);
     const double random = words[place & 3] * 0x1p-32;
-    const float s = scale[i / codec::kSpread];
+    const int64_t at = i >> scales.shift;
+    const float s = scales.scale[at];
     const float q = s == 0 ? 0.0f : x[i] / s;
-    codes[i] = static_cast<uint8_t>(code_of(q, random, zero[i / codec::kSpread], element));
+    codes[i] = static_cast<uint8_t>(code_of(q, random, element.kind == Kind::unsigned_int ? scales.zero[at] : 0, element));
   }
 }
 

@@ -7,9 +7,9 @@
 
 namespace ng {
 
-// codes[i] = code of x[i] against scale[i / 16] (and zero[i / 16]) for n elements, of which the first is element
+// codes[i] = code of x[i] against its scale for n elements, of which the first is element
 // `index` of the matrix. x / scale is a fp32 division; its fraction is taken between the neighbouring code values.
 void encode_stochastic(const float* x, int64_t n, int64_t index, uint64_t seed, const codec::Element& element,
-                       const float* scale, const int32_t* zero, uint8_t* codes);
+                       const codec::Spread& scales, uint8_t* codes);
 
 }  // namespace ng

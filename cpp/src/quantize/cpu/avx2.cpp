@@ -17,7 +17,8 @@ constexpr bool kFused = true;
 inline F fused(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 
 // Sixteen elements share a scale.
-inline F pair_of(const float* scales) { return (F)_mm256_broadcast_ss(scales); }
+inline F pair_of(float a, float) { return a - F{}; }
+inline I pair_of(int32_t a, int32_t) { return a - I{}; }
 
 inline int32_t largest(I x) {
   __m128i most = _mm_max_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));

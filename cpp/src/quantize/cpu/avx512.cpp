@@ -20,10 +20,9 @@ typedef uint16_t H __attribute__((vector_size(32)));
 constexpr bool kFused = true;
 inline F fused(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 
-// The lower eight pairs are the first sixteen elements.
-inline F pair_of(const float* scales) {
-  const __m512 first = _mm512_set1_ps(scales[0]);
-  return (F)_mm512_mask_blend_ps(0xff00, first, _mm512_set1_ps(scales[1]));
+inline F pair_of(float a, float b) { return (F)_mm512_mask_blend_ps(0xff00, _mm512_set1_ps(a), _mm512_set1_ps(b)); }
+inline I pair_of(int32_t a, int32_t b) {
+  return (I)_mm512_mask_blend_epi32(0xff00, _mm512_set1_epi32(a), _mm512_set1_epi32(b));
 }
 
 inline int32_t largest(I x) { return _mm512_reduce_max_epi32((__m512i)x); }

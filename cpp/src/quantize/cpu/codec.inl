@@ -3,7 +3,8 @@
 //
 //   kLanes                            floats in a vector
 //   kFused, F fused(F a, F b, F c)    whether there is RN(a b + c) in one instruction
-//   F pair_of(const float*)           scales of 2 kLanes elements for the vector of their even (or odd) ones, and zeros
+//   pair_of(a, b)                     kLanes entries for every other one of 2 kLanes elements: the first 16 have a, the
+//                                     others, if there are any, b
 //   largest(I), largest(H)            the largest lane; lanes are not negative
 //   widen_codes, narrow_codes         64 codes, one a byte, to and from vectors of 32-bit lanes
 //   widen_halves, narrow_halves       16 16-bit numbers to and from vectors of 32-bit lanes
@@ -178,7 +179,7 @@ void encode_run(const uint8_t* run, int64_t n, const Element& element, const Spr
     if constexpr (kType == Source::f32) {
       I block[kVectors];
       for (int64_t v = 0; v < kVectors; ++v) {
-        const int64_t at = (i + v * kLanes) / kSpread;
+        const int64_t at = (i + v * kLanes) >> s.shift;
         const I zero = kKind == Kind::unsigned_int ? splat(s.zero[at]) : splat(0);
         block[v] = code_of<kKind, kDivision>(load<F>(from + v * kLanes * kSize), splat(s.scale[at]),
                                              splat(s.inverse[at]), splat(s.inverse_low[at]), zero, e);
@@ -187,9 +188,10 @@ void encode_run(const uint8_t* run, int64_t n, const Element& element, const Spr
     } else {
       U block[kVectors / 2];
       for (int64_t v = 0; v < kVectors / 2; ++v) {
-        const int64_t at = (i + v * 2 * kLanes) / kSpread;
-        const I zero = kKind == Kind::unsigned_int ? (I)pair_of((const float*)s.zero + at) : splat(0);
-        const F scale = pair_of(s.scale + at), y = pair_of(s.inverse + at), z = pair_of(s.inverse_low + at);
+        const int64_t at = (i + v * 2 * kLanes) >> s.shift, end = (i + v * 2 * kLanes + kSpread) >> s.shift;
+        const I zero = kKind == Kind::unsigned_int ? pair_of(s.zero[at], s.zero[end]) : splat(0);
+        const F scale = pair_of(s.scale[at], s.scale[end]), y = pair_of(s.inverse[at], s.inverse[end]);
+        const F z = pair_of(s.inverse_low[at], s.inverse_low[end]);
         F even, odd;
         split_pairs<kType>(load<U>(from + v * 2 * kLanes * kSize), &even, &odd);
         block[v] = (U)code_of<kKind, kDivision>(even, scale, y, z, zero, e) |
@@ -203,10 +205,10 @@ void encode_run(const uint8_t* run, int64_t n, const Element& element, const Spr
 }
 
 template <Source kType, Kind kKind>
-void decode_run(const uint8_t* codes, int64_t n, const Element& element, const float* scale, const int32_t* zero,
-                uint8_t* out) {
+void decode_run(const uint8_t* codes, int64_t n, const Element& element, const Spread& scales, uint8_t* out) {
   constexpr int64_t kSize = size_of(kType);
   const Element e = element;
+  const Spread s = scales;
   uint8_t padded[kBlock * kSize];
   for (int64_t i = 0; i < n; i += kBlock) {
     const bool tail = n - i < kBlock;
@@ -215,19 +217,20 @@ void decode_run(const uint8_t* codes, int64_t n, const Element& element, const f
       I block[kVectors];
       widen_codes(codes + i, block);
       for (int64_t v = 0; v < kVectors; ++v) {
-        const int64_t at = (i + v * kLanes) / kSpread;
-        const I z = kKind == Kind::unsigned_int ? splat(zero[at]) : splat(0);
-        store(to + v * kLanes * kSize, value_of<kKind>(block[v], z, e) * splat(scale[at]));
+        const int64_t at = (i + v * kLanes) >> s.shift;
+        const I zero = kKind == Kind::unsigned_int ? splat(s.zero[at]) : splat(0);
+        store(to + v * kLanes * kSize, value_of<kKind>(block[v], zero, e) * splat(s.scale[at]));
       }
     } else {
       U block[kVectors / 2];
       widen_halves(codes + i, block);
       widen_halves(codes + i + 32, block + kVectors / 4);
       for (int64_t v = 0; v < kVectors / 2; ++v) {
-        const int64_t at = (i + v * 2 * kLanes) / kSpread;
-        const I z = kKind == Kind::unsigned_int ? (I)pair_of((const float*)zero + at) : splat(0);
-        const F s = pair_of(scale + at);
-        const F even = value_of<kKind>((I)(block[v] & 0xff), z, e) * s, odd = value_of<kKind>((I)(block[v] >> 8), z, e) * s;
+        const int64_t at = (i + v * 2 * kLanes) >> s.shift, end = (i + v * 2 * kLanes + kSpread) >> s.shift;
+        const I zero = kKind == Kind::unsigned_int ? pair_of(s.zero[at], s.zero[end]) : splat(0);
+        const F scale = pair_of(s.scale[at], s.scale[end]);
+        const F even = value_of<kKind>((I)(block[v] & 0xff), zero, e) * scale;
+        const F odd = value_of<kKind>((I)(block[v] >> 8), zero, e) * scale;
         store(to + v * 2 * kLanes * kSize, join_pairs<kType>(even, odd));
       }
     }
@@ -312,43 +315,87 @@ void range(const float* run, int64_t n, int64_t group, float* low, float* high) 
 }
 
 // --- scales ---------------------------------------------------------------------------------------------------
-// Plain loops without branches, which compilers vectorise. All numbers are finite and not negative.
 
-// d as a float whose last bit tells that d lies beside it, so that rounding it again rounds d itself.
-inline float round_to_odd(double d) {
-  const float f = (float)d;
-  const int32_t bits = __builtin_bit_cast(int32_t, f);
-  const int32_t step = (double)f < d ? 1 : -1;
-  return __builtin_bit_cast(float, bits + ((double)f != d && (bits & 1) == 0 ? step : 0));
-}
+typedef double D __attribute__((vector_size(kLanes * 4)));
+typedef int64_t L __attribute__((vector_size(kLanes * 4)));
+typedef float HalfF __attribute__((vector_size(kLanes * 2)));
+constexpr int64_t kDoubles = kLanes / 2;
 
+constexpr int64_t double_power(int exponent) { return (int64_t)(exponent + 1023) << 52; }
+
+// Mantissa bits, smallest exponent and largest value of a scale type.
 template <Scale kType>
-inline int32_t stored_scale(double d, bool ceil) {
+constexpr int kScaleMantissa = kType == Scale::fp32 ? 23 : kType == Scale::fp16 ? 10 : kType == Scale::bf16 ? 7 : 3;
+template <Scale kType>
+constexpr int kScaleLeast = kType == Scale::fp16 ? -14 : kType == Scale::e4m3 ? -6 : -126;
+template <Scale kType>
+constexpr double kScaleMost = kType == Scale::fp32   ? 0x1.fffffep127
+                              : kType == Scale::fp16 ? 65504.0
+                              : kType == Scale::bf16 ? 0x1.fep127
+                                                     : 448.0;
+
+// range / divisor is rounded twice, to double and to the type, which cannot differ from once: with divisors of few
+// bits no quotient of floats is that close to the middle of two scales without being there.
+template <Scale kType, typename Stored>
+inline void scales_step(D range, const ScaleRule& rule, Stored* stored, float* scale, float* inverse,
+                        float* inverse_low) {
+  const double divisor = rule.divisor == 0 ? 1 : rule.divisor;  // 0: the global scale is 0, and so is every range
+  const D quotient = range / divisor;
+  L code;
+  D value;
   if constexpr (kType == Scale::e8m0) {
-    const int64_t bits = __builtin_bit_cast(int64_t, d);
-    const int64_t exponent = (bits >> 52) - (1023 - 127) + (ceil && (bits & 0xfffffffffffff) != 0 ? 1 : 0);
-    return (int32_t)(exponent < 0 ? 0 : exponent > 254 ? 254 : exponent);
-  } else if constexpr (kType == Scale::fp32) {
-    const int32_t bits = __builtin_bit_cast(int32_t, (float)d);
-    return bits < kInfBits ? bits : kInfBits - 1;
+    const L bits = (L)quotient;
+    const L up = (bits & ((int64_t{1} << 52) - 1)) != 0;
+    L exponent = (bits >> 52) - (1023 - 127) - (up & (rule.ceil ? -1 : 0));
+    exponent = exponent < 0 ? L{} : exponent > 254 ? 254 - L{} : exponent;
+    code = exponent;
+    value = (D)((exponent + (1023 - 127)) << 52);
   } else {
-    const int32_t bits = __builtin_bit_cast(int32_t, round_to_odd(d));
-    if constexpr (kType == Scale::bf16) {
-      const int32_t code = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-      return code < 0x7f7f ? code : 0x7f7f;
-    } else {
-      constexpr int kMantissa = kType == Scale::fp16 ? 10 : 3;
-      constexpr int32_t kLeast = kType == Scale::fp16 ? 113 << 23 : 121 << 23;
-      constexpr int32_t kMost = kType == Scale::fp16 ? 0x477fe000 : 0x43e00000;
-      const int32_t t = bits < kMost ? bits : kMost;
-      const int32_t e = (t & kInfBits) > kLeast ? t & kInfBits : kLeast;
-      const int32_t c = e + ((23 - kMantissa) << 23) + 0x400000;
-      const float sum = __builtin_bit_cast(float, t) + __builtin_bit_cast(float, c);
-      return __builtin_bit_cast(int32_t, sum) - c + ((e - kLeast) >> (23 - kMantissa));
-    }
+    constexpr int kShift = 52 - kScaleMantissa<kType>;
+    constexpr int64_t kLeast = double_power(kScaleLeast<kType>);
+    const D most = kScaleMost<kType> - D{};
+    const D t = quotient < most ? quotient : most;
+    const D power = (D)((L)t & double_power(1024));
+    const D least = (D)(kLeast - L{});
+    const L e = (L)(power > least ? power : least);
+    const L c = e + (((int64_t)kShift << 52) + (int64_t{1} << 51));
+    const D sum = t + (D)c;
+    code = (L)sum - c + ((e - kLeast) >> kShift);
+    value = sum - (D)c;
   }
+  const HalfF s = __builtin_convertvector(value * (double)rule.global, HalfF);
+  const D exact = __builtin_convertvector(s, D);
+  const L empty = (exact == 0) | (range == 0);
+  const D reciprocal = 1 / exact;
+  const HalfF y = __builtin_convertvector(empty ? D{} : reciprocal, HalfF);
+  const HalfF z = __builtin_convertvector(empty ? D{} : reciprocal - __builtin_convertvector(y, D), HalfF);
+  code = exact == 0 ? L{} : code;
+  for (int64_t i = 0; i < kDoubles; ++i) stored[i] = (Stored)code[i];
+  store(scale, s);
+  store(inverse, y);
+  store(inverse_low, z);
 }
 
+template <Scale kType, typename Stored>
+void scales_run(const double* ranges, int64_t count, const ScaleRule& rule, Stored* stored, const ScaleArrays& out) {
+  int64_t i = 0;
+  for (; i + kDoubles <= count; i += kDoubles) {
+    scales_step<kType>(load<D>(ranges + i), rule, stored + i, out.scale + i, out.inverse + i, out.inverse_low + i);
+  }
+  if (i == count) return;
+  const auto rest = (size_t)(count - i);
+  double range[kDoubles] = {};
+  Stored bits[kDoubles];
+  float scale[kDoubles], inverse[kDoubles], inverse_low[kDoubles];
+  __builtin_memcpy(range, ranges + i, rest * sizeof(double));
+  scales_step<kType>(load<D>(range), rule, bits, scale, inverse, inverse_low);
+  __builtin_memcpy(stored + i, bits, rest * sizeof(Stored));
+  __builtin_memcpy(out.scale + i, scale, rest * sizeof(float));
+  __builtin_memcpy(out.inverse + i, inverse, rest * sizeof(float));
+  __builtin_memcpy(out.inverse_low + i, inverse_low, rest * sizeof(float));
+}
+
+// A plain loop without branches, which compilers vectorise.
 template <Scale kType>
 inline float scale_value(int32_t bits) {
   if constexpr (kType == Scale::fp32) return __builtin_bit_cast(float, bits);
@@ -360,26 +407,6 @@ inline float scale_value(int32_t bits) {
   const int32_t implied = field < (1 << 23) ? 1 << 23 : 0;
   const float removed = __builtin_bit_cast(float, field < (1 << 23) ? kRebias + (1 << 23) : 0);
   return __builtin_bit_cast(float, field + implied + kRebias) - removed;
-}
-
-template <Scale kType, typename Stored>
-void scales_run(const double* ranges, int64_t count, const ScaleRule& rule, Stored* stored, const ScaleArrays& out) {
-  const double divisor = rule.divisor == 0 ? 1 : rule.divisor;  // 0: the global scale is 0, and so is every range
-  const float global = rule.global;
-  const bool ceil = rule.ceil;
-  float* __restrict scale = out.scale;
-  float* __restrict inverse = out.inverse;
-  float* __restrict inverse_low = out.inverse_low;
-  for (int64_t i = 0; i < count; ++i) {
-    const int32_t bits = stored_scale<kType>(ranges[i] / divisor, ceil);
-    const float value = scale_value<kType>(bits) * global;
-    const bool zero = value == 0 || ranges[i] == 0;
-    const float y = 1 / value;
-    stored[i] = (Stored)(value == 0 ? 0 : bits);
-    scale[i] = value;
-    inverse[i] = zero ? 0 : y;
-    inverse_low[i] = zero ? 0 : (float)(1 / (double)value - (double)y);
-  }
 }
 
 template <Scale kType, typename Stored>
@@ -503,7 +530,7 @@ constexpr float kFastHigh = 0x1p60f;
 void encode(const void* run, Source type, int64_t n, const Element& element, const Spread& scales, uint8_t* codes,
             const void* next) {
   int outside = 0;
-  for (int64_t i = 0; i * kSpread < n; ++i) {
+  for (int64_t i = 0; i << scales.shift < n; ++i) {
     const float s = scales.scale[i];
     outside |= (s != 0) & ((s < kFastLow) | (s > kFastHigh));
   }
@@ -519,10 +546,9 @@ void encode(const void* run, Source type, int64_t n, const Element& element, con
   });
 }
 
-void decode(const uint8_t* codes, int64_t n, const Element& element, const float* scale, const int32_t* zero,
-            Source type, void* out) {
+void decode(const uint8_t* codes, int64_t n, const Element& element, const Spread& scales, Source type, void* out) {
   with_types(type, element.kind, [&](auto t, auto k) {
-    decode_run<decltype(t)::value, decltype(k)::value>(codes, n, element, scale, zero, (uint8_t*)out);
+    decode_run<decltype(t)::value, decltype(k)::value>(codes, n, element, scales, (uint8_t*)out);
   });
 }
 

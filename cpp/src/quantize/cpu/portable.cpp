@@ -19,7 +19,8 @@ constexpr bool kFused = false;
 inline F fused(F a, F b, F c) { return a * b + c; }
 
 // Sixteen elements share a scale.
-inline F pair_of(const float* scales) { return *scales - F{}; }
+inline F pair_of(float a, float) { return a - F{}; }
+inline I pair_of(int32_t a, int32_t) { return a - I{}; }
 
 template <typename V>
 inline int32_t largest(V x) {
