@@ -147,8 +147,8 @@ def _torch_name(name: str, path: Path) -> tuple[str, str]:
     if name in _TOP:
         return _TOP[name], name
     block = name.split(".")
-    if len(block) == 4 and block[0] == "blk" and block[2] in _BLOCK:
-        return f"model.layers.{block[1]}.{_BLOCK[block[2]]}.{block[3]}", block[2]
+    if len(block) == 4 and block[0] == "blk" and block[2] in _BLOCK and block[3] == "weight":
+        return f"model.layers.{block[1]}.{_BLOCK[block[2]]}.weight", block[2]
     raise ValueError(f"{path}: tensor {name!r} is not part of a plain llama model")
 
 
