@@ -75,27 +75,27 @@ nb::object apply(Function function, nb::handle in_object, const char* in_name, c
     bias.emplace(bias_object, "bias");
     require_float(bias->view(), "bias");
   }
-  Allocated result;
+  std::optional<Allocated> allocated;
   std::optional<BorrowedTensor> out;
   if (out_object.is_none()) {
     const dlpack::ExchangeApi* api = exchange_api(Py_TYPE(in_object.ptr()));
     NG_CHECK(api != nullptr && in->ndim > 0, InvalidArgument, out_name, " is missing");
-    result = allocate(*api, in.view(), out_cols);
+    allocated.emplace(allocate(*api, in.view(), out_cols));
   } else {
     out.emplace(out_object, out_name, Access::write);
     require_float(out->view(), out_name);
-    result = {nb::borrow(out_object), out->view()};
   }
+  const TensorView& result = allocated ? allocated->view : out->view();
 
   const PackedView view = weights.view(packed);
   const TensorView* bias_view = bias ? &bias->view() : nullptr;
   if (in->numel() * out_cols < kKeepGilBelow) {
-    function(in.view(), view, bias_view, result.view);
+    function(in.view(), view, bias_view, result);
   } else {
     const nb::gil_scoped_release release;
-    function(in.view(), view, bias_view, result.view);
+    function(in.view(), view, bias_view, result);
   }
-  return result.object;
+  return allocated ? std::move(allocated->object) : nb::borrow(out_object);
 }
 
 }  // namespace

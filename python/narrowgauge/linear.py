@@ -68,11 +68,12 @@ def _linear(x: Array, q: QTensor, bias: Array | None) -> Array:
     if not torch_x:
         # Whatever speaks DLPack, in numpy's terms.
         source = arrays.source(x, "x")
-        _check(x if hasattr(x, "dtype") else source, q, bias)
-        y = arrays.empty((*source.shape[:-1], q.rows), str(source.dtype))
         offset = None if bias is None else arrays.source(bias, "bias")
+        _check(source, q, offset)
+        y = arrays.empty((*source.shape[:-1], q.rows), str(source.dtype))
         _native.linear(source, q._matrix, offset, y)  # type: ignore[arg-type]
-        return arrays.cast(y, str(x.dtype)) if str(x.dtype) in FLOATS else y
+        dtype = str(getattr(x, "dtype", None))
+        return arrays.cast(y, dtype) if dtype in FLOATS else y
     _check(x, q, bias)
     from narrowgauge import ops
 

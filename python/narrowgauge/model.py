@@ -24,7 +24,7 @@ from narrowgauge._arrays import FLOATS, library
 from narrowgauge._native import Format
 from narrowgauge.errors import FileCorrupt
 from narrowgauge.nn import Embedding, Linear
-from narrowgauge.qtensor import QTensor, file_metadata, load_tensor, quantize, read_metadata
+from narrowgauge.qtensor import QTensor, file_metadata, find_matrix, load_matrix, quantize, read_metadata
 
 FILE_NAME = "model.safetensors"
 
@@ -360,28 +360,27 @@ def load_model(
         if alias not in places and alias not in targets:
             raise ValueError(f"{file.path} ties '{alias}', but the model has no such tensor")
     arrays = library("torch")
-    for entry in entries.values():
-        Format(entry["format"])
+    matrices = {name: find_matrix(file, name, entry) for name, entry in entries.items()}
 
     total = sum(file.info(name)[2] for name in file.names())
     with _progress(progress) as report:
         done = 0
-        loaded: dict[str, QTensor] = {}
-        for name, entry in entries.items():
-            loaded[name] = load_tensor(file, name, entry, arrays, pack=True)
-            done += loaded[name].nbytes
+        for name, matrix in matrices.items():
+            q = load_matrix(matrix, arrays, pack=True)
+            for full in [full for full, held in places.items() if held == name]:
+                path = full.rpartition(".")[0]
+                old = modules.pop(path)  # the last reference: what is replaced is let go
+                new: torch.nn.Module
+                if isinstance(old, (torch.nn.Linear, Linear)):
+                    new = Linear(q, old.bias)
+                else:
+                    yields = old.dtype if isinstance(old, Embedding) else old.weight.dtype
+                    yields = getattr(torch, embeddings[full]) if full in embeddings else yields
+                    new = Embedding(q, yields, old.padding_idx)
+                _replace(model, path, new.train(old.training))
+                old = None
+            done += q.nbytes
             report(done, total)
-        for full, name in places.items():
-            path = full.rpartition(".")[0]
-            old = modules.pop(path)
-            new: torch.nn.Module
-            if isinstance(old, (torch.nn.Linear, Linear)):
-                new = Linear(loaded[name], old.bias)
-            else:
-                yields = old.dtype if isinstance(old, Embedding) else old.weight.dtype
-                yields = getattr(torch, embeddings[full]) if full in embeddings else yields
-                new = Embedding(loaded[name], yields, old.padding_idx)
-            _replace(model, path, new.train(old.training))
         for name in plain:
             dtype, shape, size = file.info(name)
             value = arrays.from_bytes(file.bytes(name), str(_TORCH_DTYPES[dtype]).removeprefix("torch."), tuple(shape))

@@ -215,9 +215,8 @@ class QTensor:
             name = next(iter(entries))
         if name not in entries:
             raise ValueError(f"{path} holds no narrow matrix '{name}', only {list(entries)}")
-        return load_tensor(
-            file, name, entries[name], _arrays.library(library or ("torch" if "torch" in sys.modules else "numpy"))
-        )
+        arrays = _arrays.library(library or ("torch" if "torch" in sys.modules else "numpy"))
+        return load_matrix(find_matrix(file, name, entries[name]), arrays)
 
     def __repr__(self) -> str:
         form = "packed" if self.is_packed else "canonical"
@@ -313,40 +312,56 @@ def read_metadata(file: _native.SafetensorsFile) -> dict[str, Any]:
     return {"tensors": entries, "tied": tied, "embeddings": embeddings}
 
 
-def load_tensor(
-    file: _native.SafetensorsFile, name: str, entry: dict[str, Any], arrays: Arrays, *, pack: bool = False
-) -> QTensor:
-    """Matrix `name` of an open file, `entry` its metadata; packed straight from the mapping if `pack`."""
+class FileMatrix(NamedTuple):
+    """A matrix of an open file, found sound: its parts as _parts gives them, and views of their bytes."""
+
+    format: Format
+    shape: tuple[int, ...]
+    parts: list[tuple[str, str, tuple[int, ...]] | None]
+    buffers: list[memoryview | None]
+
+
+def find_matrix(file: _native.SafetensorsFile, name: str, entry: dict[str, Any]) -> FileMatrix:
+    """Matrix `name`, `entry` its metadata. ValueError for an unknown format, FileCorrupt where arrays do not fit."""
     from narrowgauge.errors import FileCorrupt
 
+    shape = tuple(entry["shape"])
+    rows, cols = math.prod(shape[:-1]), shape[-1]
     try:
-        q = QTensor(entry["format"], tuple(entry["shape"]), arrays)
-        parts = _parts(q.format, q.rows, q.cols)
-        _native.canonical_bytes(q.format, q.rows, q.cols)
-    except ValueError as error:
+        format = Format(entry["format"])
+        _native.canonical_bytes(format, rows, cols)
+    except (ValueError, TypeError) as error:  # TypeError: more rows than 64 bits hold
         raise ValueError(f"{file.path}: tensor '{name}': {error}") from None
-    found: list[Any] = []
+    parts = _parts(format, rows, cols)
+    buffers: list[memoryview | None] = []
     for part in parts:
         if part is None:
-            found.append(None)
+            buffers.append(None)
             continue
         key = f"{name}.{part[0]}"
         try:
-            dtype, shape, _ = file.info(key)
+            dtype, found, _ = file.info(key)
         except KeyError:
             raise FileCorrupt(f"{file.path}: tensor '{key}' is missing") from None
-        if (dtype, tuple(shape)) != (_FILE_DTYPES[part[1]], part[2]):
+        expected = _FILE_DTYPES[part[1]]
+        if (dtype, tuple(found)) != (expected, part[2]):
             raise FileCorrupt(
-                f"{file.path}: '{key}' is {dtype} {list(shape)}, expected {_FILE_DTYPES[part[1]]} {list(part[2])} "
-                f"for {q.format} {list(q.shape)}"
+                f"{file.path}: '{key}' is {dtype} {list(found)}, expected {expected} {list(part[2])} "
+                f"for {format} {list(shape)}"
             )
-        found.append(file.bytes(key))
+        buffers.append(file.bytes(key))
+    return FileMatrix(format, shape, parts, buffers)
+
+
+def load_matrix(matrix: FileMatrix, arrays: Arrays, *, pack: bool = False) -> QTensor:
+    """A copy of a file's matrix; packed straight from the mapping if `pack`."""
+    q = QTensor(matrix.format, matrix.shape, arrays)
     if pack:
         # The codes are read in place; scales are copied, for a foreign file may hold them unaligned.
-        codes, scales, zeros, global_scale = found
+        codes, scales, zeros, global_scale = matrix.buffers
+        assert scales is not None
         q._set_packed(q._pack_new((codes, bytearray(scales), zeros, global_scale and bytearray(global_scale))))
     else:
-        q._canonical = Canonical(
-            *(part and arrays.from_bytes(data, part[1], part[2]) for part, data in zip(parts, found, strict=True))
-        )
+        pairs = zip(matrix.parts, matrix.buffers, strict=True)
+        q._canonical = Canonical(*(part and arrays.from_bytes(data, part[1], part[2]) for part, data in pairs))
     return q

@@ -97,6 +97,30 @@ else:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+class Foreign:
+    """An array of a library that narrowgauge does not know, as JAX is: DLPack and no more."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+    def __dlpack__(self, **options: object) -> object:
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.array.__dlpack_device__()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+
+def test_other_libraries_cross_by_dlpack(q: ng.QTensor) -> None:
+    x = np.random.default_rng(0).standard_normal((3, 200), dtype=np.float32)
+    y = ng.linear(Foreign(x), q)
+    assert isinstance(y, np.ndarray) and np.array_equal(y, ng.linear(x, q))
+    assert ng.quantize(Foreign(x), ng.int8).codes.tobytes() == ng.quantize(x, ng.int8).codes.tobytes()
+
+
 def test_canonical_weights_work_with_a_warning() -> None:
     q, x = ng.quantize(torch.randn(16, 64), ng.fp6), torch.randn(2, 64)
     with pytest.warns(ng.PerformanceWarning, match="q.pack"):
