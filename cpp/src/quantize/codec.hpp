@@ -56,6 +56,13 @@ struct ScaleArrays {
   float* inverse_low;  // RN(1 / scale - inverse)
 };
 
+// How the quotients of elements and scales are found; all round x / scale once.
+enum class Division : uint8_t {
+  plain,      // by the instruction
+  corrected,  // by the reciprocal: all scales are within the limits that Table::scales checks
+  few_bits,   // likewise, and they have at most 16 significant bits
+};
+
 // The scales of a run, with zero points, one entry for every 2^shift elements: 16 or 64. Blocks of 64 elements are read
 // whole, so there are entries (of any value) for them.
 struct Spread {
@@ -64,7 +71,7 @@ struct Spread {
   const float* inverse;      // decode does not read it
   const float* inverse_low;  // nor this
   const int32_t* zero;       // uintN only
-  bool few_bits;             // all scales have at most 16 significant bits
+  Division division;
 };
 
 struct Table {
@@ -75,8 +82,9 @@ struct Table {
   void (*range)(const float* run, int64_t n, int64_t group, float* low, float* high);
 
   // The scales of `ranges`, which are finite and not negative. stored: their bits, packed in their width, 0 if the
-  // scale's value is 0; out.scale: their values, times the global scale.
-  void (*scales)(const double* ranges, int64_t count, const ScaleRule& rule, void* stored, const ScaleArrays& out);
+  // scale's value is 0; out.scale: their values, times the global scale. Returns whether they are within the limits
+  // of division by the reciprocal.
+  bool (*scales)(const double* ranges, int64_t count, const ScaleRule& rule, void* stored, const ScaleArrays& out);
   // out[i] = the value of stored scale i, times `global`. NaN becomes the quiet one without payload.
   void (*scale_values)(const void* stored, Scale type, int64_t count, float global, float* out);
   // out[i * step + j] = from[i] for j < step. Writes up to 16 entries more.
@@ -84,8 +92,8 @@ struct Table {
 
   // codes[i] = code of run[i] against its scale, one a byte, for i below n rounded up to 64.
   // Reads n elements. Requests the cache lines of `next` onwards, as many bytes as it reads, if not null.
-  void (*encode)(const void* run, Source type, int64_t n, const Element& element, const Spread& scales,
-                 uint8_t* codes, const void* next);
+  void (*encode)(const void* run, Source type, int64_t n, const Element& element, const Spread& scales, uint8_t* codes,
+                 const void* next);
   // out[i] = value of codes[i] times its scale. Writes n elements.
   void (*decode)(const uint8_t* codes, int64_t n, const Element& element, const Spread& scales, Source type, void* out);
   // Squared error of encoding and decoding the run with each of `count` scales (and zeros). The sum's order is fixed.

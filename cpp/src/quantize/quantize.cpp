@@ -35,12 +35,9 @@ constexpr std::array<int, 20> kMultiples{64, 80, 76, 72, 70, 68, 66, 62, 60, 58,
 const codec::Table& table() {
 #if defined(__x86_64__)
   switch (isa()) {
-    case Isa::avx512:
-      return codec::kAvx512;
-    case Isa::avx2:
-      return codec::kAvx2;
-    case Isa::portable:
-      break;
+    case Isa::avx512: return codec::kAvx512;
+    case Isa::avx2: return codec::kAvx2;
+    case Isa::portable: break;
   }
 #endif
   return codec::kPortable;
@@ -61,14 +58,10 @@ void check_format(const Format& format) {
 
 Source source_of(DType dtype, const char* name) {
   switch (dtype) {
-    case DType::f32:
-      return Source::f32;
-    case DType::f16:
-      return Source::f16;
-    case DType::bf16:
-      return Source::bf16;
-    default:
-      throw InvalidArgument(concat(name, " is ", dtype_name(dtype), "; expected float32, float16 or bfloat16"));
+    case DType::f32: return Source::f32;
+    case DType::f16: return Source::f16;
+    case DType::bf16: return Source::bf16;
+    default: throw InvalidArgument(concat(name, " is ", dtype_name(dtype), "; expected float32, float16 or bfloat16"));
   }
 }
 
@@ -172,12 +165,13 @@ struct Scales {
   Array<int32_t> zero;
   Array<float> spread_scale, spread_inverse, spread_inverse_low;
   Array<int32_t> spread_zero;
+  codec::Division division = codec::Division::plain;
 
   codec::ScaleArrays arrays() { return {scale.data(), inverse.data(), inverse_low.data()}; }
 
   // pre: entries for `count` groups of `group` elements, of a run of n.
-  codec::Spread spread(const codec::Table& table, int64_t count, int64_t group, int64_t n, bool reciprocals,
-                       bool zeros, bool few_bits) {
+  codec::Spread spread(const codec::Table& table, int64_t count, int64_t group, int64_t n, bool zeros,
+                       bool reciprocals) {
     const int shift = spread_shift(group);
     const int64_t unit = int64_t{1} << shift;
     const int64_t step = (std::min(group, n) + unit - 1) / unit;
@@ -194,7 +188,7 @@ struct Scales {
             reciprocals ? each(inverse, spread_inverse) : nullptr,
             reciprocals ? each(inverse_low, spread_inverse_low) : nullptr,
             spread_zero.data(),
-            few_bits};
+            division};
   }
 };
 
@@ -393,7 +387,8 @@ class Quantizer {
     std::array<float, kMultiples.size()> scale, inverse, inverse_low;
     std::array<std::byte, 4 * kMultiples.size()> stored;
     for (size_t i = 0; i < widths.size(); ++i) widths[i] = width(range) * kMultiples[i] / 64;
-    table_.scales(widths.data(), widths.size(), rule_, stored.data(), {scale.data(), inverse.data(), inverse_low.data()});
+    table_.scales(widths.data(), widths.size(), rule_, stored.data(),
+                  {scale.data(), inverse.data(), inverse_low.data()});
     Candidates all;
     for (size_t i = 0; i < widths.size(); ++i) {
       if (i != 0 && scale[i] == 0) continue;
@@ -422,14 +417,17 @@ class Quantizer {
 
   // Scales and zero points of `count` groups from what they divide and the groups' lowest elements.
   void make_scales(const double* widths, const float* low, int64_t count, Scales& scales) const {
-    table_.scales(widths, count, rule_, scales.stored.data(), scales.arrays());
+    const bool inside = table_.scales(widths, count, rule_, scales.stored.data(), scales.arrays());
+    scales.division = !inside     ? codec::Division::plain
+                      : few_bits_ ? codec::Division::few_bits
+                                  : codec::Division::corrected;
     for (size_t g = 0; has_zeros_ && g < static_cast<size_t>(count); ++g) {
       scales.zero[g] = zero_point(low[g], scales.scale[g]);
     }
   }
 
   codec::Spread spread(int64_t count, int64_t group, int64_t n, Scales& scales) const {
-    return scales.spread(table_, count, group, n, true, has_zeros_, few_bits_);
+    return scales.spread(table_, count, group, n, has_zeros_, true);
   }
 
   // Codes of a run whose scales are known, those of groups of `group` elements, spread.
@@ -438,8 +436,8 @@ class Quantizer {
     alignas(64) std::array<uint8_t, kRun> codes;
     if (options_.stochastic) {
       std::fill(codes.begin(), codes.end(), uint8_t{0});
-      encode_stochastic(static_cast<const float*>(run.data), run.n, row * weights_.cols + begin, options_.seed, element_,
-                        spread, codes.data());
+      encode_stochastic(static_cast<const float*>(run.data), run.n, row * weights_.cols + begin, options_.seed,
+                        element_, spread, codes.data());
     } else {
       table_.encode(run.data, run.type, run.n, element_, spread, codes.data(), next);
     }
@@ -626,7 +624,7 @@ void dequantize(const CanonicalView& matrix, const TensorView& out, Executor& ex
           kernels.scale_values(static_cast<const std::byte*>(matrix.scales) + at * scale_size,
                                static_cast<codec::Scale>(format.scale), count, global, scales.scale.data());
           for (int64_t g = 0; has_zeros && g < count; ++g) scales.zero[static_cast<size_t>(g)] = matrix.zeros[at + g];
-          const codec::Spread spread = scales.spread(kernels, count, group, n, false, has_zeros, false);
+          const codec::Spread spread = scales.spread(kernels, count, group, n, has_zeros, false);
           kernels.unpack(matrix.codes + row * row_bytes + begin / 8 * element.bits, n, element.bits, codes.data());
           kernels.decode(codes.data(), n, element, spread, type,
                          static_cast<std::byte*>(dense.data) + (row * dense.row_stride + begin) * out_size);

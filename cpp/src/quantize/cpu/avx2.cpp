@@ -12,7 +12,6 @@ typedef int32_t I __attribute__((vector_size(32)));
 typedef uint32_t U __attribute__((vector_size(32)));
 typedef uint16_t H __attribute__((vector_size(16)));
 
-
 constexpr bool kFused = true;
 inline F fused(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 

@@ -103,8 +103,6 @@ inline U join_pairs(F even, F odd) {
 //     this is RN(x / s).
 //   corrected: it is within one unit of the last place, so by Markstein's theorem RN(q + (x - s q) y) is RN(x / s).
 // Both hold while no step underflows or overflows: see kFastLow.
-enum class Division { plain, corrected, few_bits };
-
 template <Division kDivision>
 inline F divide(F x, F s, F y, F z) {
   if constexpr (kDivision == Division::plain) {
@@ -270,7 +268,8 @@ template <Source kType, typename V, typename Lane>
 float absmax_run(const uint8_t* run, int64_t n, int64_t group, float* out) {
   constexpr Lane kMask = (Lane)(kType == Source::f32 ? kMagnitude : 0x7fff);
   constexpr auto to_float = [](int32_t bits) {
-    return kType == Source::f16 ? half_to_float(bits) : __builtin_bit_cast(float, kType == Source::f32 ? bits : bits << 16);
+    return kType == Source::f16 ? half_to_float(bits)
+                                : __builtin_bit_cast(float, kType == Source::f32 ? bits : bits << 16);
   };
   const Lane* from = (const Lane*)run;
   int32_t all = 0;
@@ -298,19 +297,26 @@ float absmax_run(const uint8_t* run, int64_t n, int64_t group, float* out) {
 void range(const float* run, int64_t n, int64_t group, float* low, float* high) {
   for (int64_t g = 0; g * group < n; ++g) {
     const int64_t end = (g + 1) * group < n ? (g + 1) * group : n;
+    int64_t i = g * group;
     F lows = {}, highs = {};
-    for (int64_t i = g * group; i < end; i += kLanes) {
-      float padded[kLanes] = {};
-      __builtin_memcpy(padded, run + i, (size_t)(end - i < kLanes ? end - i : kLanes) * sizeof(float));
-      const F x = load<F>(padded);
+    for (; i + kLanes <= end; i += kLanes) {
+      const F x = load<F>(run + i);
       lows = x < lows ? x : lows;
       highs = x > highs ? x : highs;
     }
-    low[g] = high[g] = 0;
-    for (int j = 0; j < kLanes; ++j) {
-      low[g] = lows[j] < low[g] ? lows[j] : low[g];
-      high[g] = highs[j] > high[g] ? highs[j] : high[g];
+    float least[kLanes], most[kLanes];
+    store(least, lows);
+    store(most, highs);
+    for (int j = 1; j < kLanes; ++j) {
+      least[0] = least[j] < least[0] ? least[j] : least[0];
+      most[0] = most[j] > most[0] ? most[j] : most[0];
     }
+    for (; i < end; ++i) {
+      least[0] = run[i] < least[0] ? run[i] : least[0];
+      most[0] = run[i] > most[0] ? run[i] : most[0];
+    }
+    low[g] = least[0];
+    high[g] = most[0];
   }
 }
 
@@ -321,13 +327,23 @@ typedef int64_t L __attribute__((vector_size(kLanes * 4)));
 typedef float HalfF __attribute__((vector_size(kLanes * 2)));
 constexpr int64_t kDoubles = kLanes / 2;
 
+// Between these scales no step of divide() underflows or overflows for any quotient that is not coded as 0 or as the
+// largest code of every element type.
+constexpr double kFastLow = 0x1p-36f;
+constexpr double kFastHigh = 0x1p60f;
+
 constexpr int64_t double_power(int exponent) { return (int64_t)(exponent + 1023) << 52; }
 
 // Mantissa bits, smallest exponent and largest value of a scale type.
 template <Scale kType>
-constexpr int kScaleMantissa = kType == Scale::fp32 ? 23 : kType == Scale::fp16 ? 10 : kType == Scale::bf16 ? 7 : 3;
+constexpr int kScaleMantissa = kType == Scale::fp32   ? 23
+                               : kType == Scale::fp16 ? 10
+                               : kType == Scale::bf16 ? 7
+                                                      : 3;
 template <Scale kType>
-constexpr int kScaleLeast = kType == Scale::fp16 ? -14 : kType == Scale::e4m3 ? -6 : -126;
+constexpr int kScaleLeast = kType == Scale::fp16   ? -14
+                            : kType == Scale::e4m3 ? -6
+                                                   : -126;
 template <Scale kType>
 constexpr double kScaleMost = kType == Scale::fp32   ? 0x1.fffffep127
                               : kType == Scale::fp16 ? 65504.0
@@ -337,8 +353,7 @@ constexpr double kScaleMost = kType == Scale::fp32   ? 0x1.fffffep127
 // range / divisor is rounded twice, to double and to the type, which cannot differ from once: with divisors of few
 // bits no quotient of floats is that close to the middle of two scales without being there.
 template <Scale kType, typename Stored>
-inline void scales_step(D range, const ScaleRule& rule, Stored* stored, float* scale, float* inverse,
-                        float* inverse_low) {
+inline L scales_step(D range, const ScaleRule& rule, Stored* stored, float* scale, float* inverse, float* inverse_low) {
   const double divisor = rule.divisor == 0 ? 1 : rule.divisor;  // 0: the global scale is 0, and so is every range
   const D quotient = range / divisor;
   L code;
@@ -374,25 +389,32 @@ inline void scales_step(D range, const ScaleRule& rule, Stored* stored, float* s
   store(scale, s);
   store(inverse, y);
   store(inverse_low, z);
+  return ~empty & ((exact < kFastLow) | (exact > kFastHigh));
 }
 
 template <Scale kType, typename Stored>
-void scales_run(const double* ranges, int64_t count, const ScaleRule& rule, Stored* stored, const ScaleArrays& out) {
+bool scales_run(const double* ranges, int64_t count, const ScaleRule& rule, Stored* stored, const ScaleArrays& out) {
+  L outside = {};
   int64_t i = 0;
   for (; i + kDoubles <= count; i += kDoubles) {
-    scales_step<kType>(load<D>(ranges + i), rule, stored + i, out.scale + i, out.inverse + i, out.inverse_low + i);
+    outside |=
+        scales_step<kType>(load<D>(ranges + i), rule, stored + i, out.scale + i, out.inverse + i, out.inverse_low + i);
   }
-  if (i == count) return;
-  const auto rest = (size_t)(count - i);
-  double range[kDoubles] = {};
-  Stored bits[kDoubles];
-  float scale[kDoubles], inverse[kDoubles], inverse_low[kDoubles];
-  __builtin_memcpy(range, ranges + i, rest * sizeof(double));
-  scales_step<kType>(load<D>(range), rule, bits, scale, inverse, inverse_low);
-  __builtin_memcpy(stored + i, bits, rest * sizeof(Stored));
-  __builtin_memcpy(out.scale + i, scale, rest * sizeof(float));
-  __builtin_memcpy(out.inverse + i, inverse, rest * sizeof(float));
-  __builtin_memcpy(out.inverse_low + i, inverse_low, rest * sizeof(float));
+  if (i < count) {
+    const auto rest = (size_t)(count - i);
+    double range[kDoubles] = {};
+    Stored bits[kDoubles];
+    float scale[kDoubles], inverse[kDoubles], inverse_low[kDoubles];
+    __builtin_memcpy(range, ranges + i, rest * sizeof(double));
+    outside |= scales_step<kType>(load<D>(range), rule, bits, scale, inverse, inverse_low);
+    __builtin_memcpy(stored + i, bits, rest * sizeof(Stored));
+    __builtin_memcpy(out.scale + i, scale, rest * sizeof(float));
+    __builtin_memcpy(out.inverse + i, inverse, rest * sizeof(float));
+    __builtin_memcpy(out.inverse_low + i, inverse_low, rest * sizeof(float));
+  }
+  int64_t any = 0;
+  for (int64_t j = 0; j < kDoubles; ++j) any |= outside[j];
+  return any == 0;
 }
 
 // A plain loop without branches, which compilers vectorise.
@@ -447,44 +469,32 @@ void spread(const float* from, int64_t count, int64_t step, float* out) {
 float absmax(const void* run, Source type, int64_t n, int64_t group, float* out) {
   const auto* bytes = (const uint8_t*)run;
   switch (type) {
-    case Source::f32:
-      return absmax_run<Source::f32, I, int32_t>(bytes, n, group, out);
-    case Source::f16:
-      return absmax_run<Source::f16, H, uint16_t>(bytes, n, group, out);
-    case Source::bf16:
-      break;
+    case Source::f32: return absmax_run<Source::f32, I, int32_t>(bytes, n, group, out);
+    case Source::f16: return absmax_run<Source::f16, H, uint16_t>(bytes, n, group, out);
+    case Source::bf16: break;
   }
   return absmax_run<Source::bf16, H, uint16_t>(bytes, n, group, out);
 }
 
-void scales(const double* ranges, int64_t count, const ScaleRule& rule, void* stored, const ScaleArrays& out) {
+bool scales(const double* ranges, int64_t count, const ScaleRule& rule, void* stored, const ScaleArrays& out) {
   switch (rule.type) {
-    case Scale::fp32:
-      return scales_run<Scale::fp32>(ranges, count, rule, (uint32_t*)stored, out);
-    case Scale::fp16:
-      return scales_run<Scale::fp16>(ranges, count, rule, (uint16_t*)stored, out);
-    case Scale::bf16:
-      return scales_run<Scale::bf16>(ranges, count, rule, (uint16_t*)stored, out);
-    case Scale::e8m0:
-      return scales_run<Scale::e8m0>(ranges, count, rule, (uint8_t*)stored, out);
-    case Scale::e4m3:
-      return scales_run<Scale::e4m3>(ranges, count, rule, (uint8_t*)stored, out);
+    case Scale::fp32: return scales_run<Scale::fp32>(ranges, count, rule, (uint32_t*)stored, out);
+    case Scale::fp16: return scales_run<Scale::fp16>(ranges, count, rule, (uint16_t*)stored, out);
+    case Scale::bf16: return scales_run<Scale::bf16>(ranges, count, rule, (uint16_t*)stored, out);
+    case Scale::e8m0: return scales_run<Scale::e8m0>(ranges, count, rule, (uint8_t*)stored, out);
+    case Scale::e4m3: break;
   }
+  return scales_run<Scale::e4m3>(ranges, count, rule, (uint8_t*)stored, out);
 }
 
 void scale_values(const void* stored, Scale type, int64_t count, float global, float* out) {
   const auto* bytes = (const uint8_t*)stored;
   switch (type) {
-    case Scale::fp32:
-      return scale_values_run<Scale::fp32, uint32_t>(bytes, count, global, out);
-    case Scale::fp16:
-      return scale_values_run<Scale::fp16, uint16_t>(bytes, count, global, out);
-    case Scale::bf16:
-      return scale_values_run<Scale::bf16, uint16_t>(bytes, count, global, out);
-    case Scale::e8m0:
-      return scale_values_run<Scale::e8m0, uint8_t>(bytes, count, global, out);
-    case Scale::e4m3:
-      return scale_values_run<Scale::e4m3, uint8_t>(bytes, count, global, out);
+    case Scale::fp32: return scale_values_run<Scale::fp32, uint32_t>(bytes, count, global, out);
+    case Scale::fp16: return scale_values_run<Scale::fp16, uint16_t>(bytes, count, global, out);
+    case Scale::bf16: return scale_values_run<Scale::bf16, uint16_t>(bytes, count, global, out);
+    case Scale::e8m0: return scale_values_run<Scale::e8m0, uint8_t>(bytes, count, global, out);
+    case Scale::e4m3: return scale_values_run<Scale::e4m3, uint8_t>(bytes, count, global, out);
   }
 }
 
@@ -500,47 +510,30 @@ struct KindTag {
 template <typename T, typename Function>
 inline void with_kind(Kind kind, T type, Function f) {
   switch (kind) {
-    case Kind::fp:
-      return f(type, KindTag<Kind::fp>{});
-    case Kind::signed_int:
-      return f(type, KindTag<Kind::signed_int>{});
-    case Kind::unsigned_int:
-      return f(type, KindTag<Kind::unsigned_int>{});
-    case Kind::nf4:
-      return f(type, KindTag<Kind::nf4>{});
+    case Kind::fp: return f(type, KindTag<Kind::fp>{});
+    case Kind::signed_int: return f(type, KindTag<Kind::signed_int>{});
+    case Kind::unsigned_int: return f(type, KindTag<Kind::unsigned_int>{});
+    case Kind::nf4: return f(type, KindTag<Kind::nf4>{});
   }
 }
 template <typename Function>
 inline void with_types(Source source, Kind kind, Function f) {
   switch (source) {
-    case Source::f32:
-      return with_kind(kind, SourceTag<Source::f32>{}, f);
-    case Source::f16:
-      return with_kind(kind, SourceTag<Source::f16>{}, f);
-    case Source::bf16:
-      return with_kind(kind, SourceTag<Source::bf16>{}, f);
+    case Source::f32: return with_kind(kind, SourceTag<Source::f32>{}, f);
+    case Source::f16: return with_kind(kind, SourceTag<Source::f16>{}, f);
+    case Source::bf16: return with_kind(kind, SourceTag<Source::bf16>{}, f);
   }
 }
 
-// Between these scales no step of divide() underflows or overflows for any quotient that is not coded as 0 or as the
-// largest code of every element type.
-constexpr float kFastLow = 0x1p-36f;
-constexpr float kFastHigh = 0x1p60f;
-
 void encode(const void* run, Source type, int64_t n, const Element& element, const Spread& scales, uint8_t* codes,
             const void* next) {
-  int outside = 0;
-  for (int64_t i = 0; i << scales.shift < n; ++i) {
-    const float s = scales.scale[i];
-    outside |= (s != 0) & ((s < kFastLow) | (s > kFastHigh));
-  }
   with_types(type, element.kind, [&](auto t, auto k) {
     constexpr Source kType = decltype(t)::value;
     constexpr Kind kKind = decltype(k)::value;
     auto f = encode_run<kType, kKind, Division::plain>;
     if constexpr (kFused) {
-      if (outside == 0 && scales.few_bits) f = encode_run<kType, kKind, Division::few_bits>;
-      if (outside == 0 && !scales.few_bits) f = encode_run<kType, kKind, Division::corrected>;
+      if (scales.division == Division::few_bits) f = encode_run<kType, kKind, Division::few_bits>;
+      if (scales.division == Division::corrected) f = encode_run<kType, kKind, Division::corrected>;
     }
     f((const uint8_t*)run, n, element, scales, codes, (const uint8_t*)next);
   });
@@ -552,8 +545,8 @@ void decode(const uint8_t* codes, int64_t n, const Element& element, const Sprea
   });
 }
 
-void errors(const float* run, int64_t n, const Element& element, int64_t count, const float* scale,
-            const int32_t* zero, double* out) {
+void errors(const float* run, int64_t n, const Element& element, int64_t count, const float* scale, const int32_t* zero,
+            double* out) {
   with_kind(element.kind, SourceTag<Source::f32>{}, [&](auto, auto k) {
     for (int64_t i = 0; i < count; ++i) out[i] = error_of<decltype(k)::value>(run, n, element, scale[i], zero[i]);
   });
@@ -585,20 +578,13 @@ void unpack_run(const uint8_t* packed, int64_t n, uint8_t* codes) {
 template <typename Function>
 inline void with_bits(int bits, Function f) {
   switch (bits) {
-    case 2:
-      return f.template operator()<2>();
-    case 3:
-      return f.template operator()<3>();
-    case 4:
-      return f.template operator()<4>();
-    case 5:
-      return f.template operator()<5>();
-    case 6:
-      return f.template operator()<6>();
-    case 7:
-      return f.template operator()<7>();
-    default:
-      return f.template operator()<8>();
+    case 2: return f.template operator()<2>();
+    case 3: return f.template operator()<3>();
+    case 4: return f.template operator()<4>();
+    case 5: return f.template operator()<5>();
+    case 6: return f.template operator()<6>();
+    case 7: return f.template operator()<7>();
+    default: return f.template operator()<8>();
   }
 }
 

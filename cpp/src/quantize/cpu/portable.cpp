@@ -14,7 +14,6 @@ typedef int32_t I __attribute__((vector_size(16)));
 typedef uint32_t U __attribute__((vector_size(16)));
 typedef uint16_t H __attribute__((vector_size(8)));
 
-
 constexpr bool kFused = false;
 inline F fused(F a, F b, F c) { return a * b + c; }
 
