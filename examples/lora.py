@@ -25,12 +25,12 @@ for index in (0, 2):
     model[index].requires_grad_(False)
     model[index] = Adapted(model[index], rank=8)
 
-x = torch.randn(256, 64)
+x = torch.randn(128, 64)
 target = torch.tanh(x @ torch.randn(64, 32) / 8)
 trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
 optimizer = torch.optim.Adam(trainable, lr=5e-3)
 losses = []
-for _ in range(200):
+for _ in range(100):
     loss = torch.nn.functional.mse_loss(model(x), target)
     optimizer.zero_grad()
     loss.backward()

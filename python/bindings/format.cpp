@@ -25,14 +25,10 @@ Immutable and hashable; equal if all parts are.)";
 
 std::string_view kind_name(ElementKind kind) {
   switch (kind) {
-    case ElementKind::fp:
-      return "fp";
-    case ElementKind::signed_int:
-      return "int";
-    case ElementKind::unsigned_int:
-      return "uint";
-    case ElementKind::nf4:
-      return "nf4";
+    case ElementKind::fp: return "fp";
+    case ElementKind::signed_int: return "int";
+    case ElementKind::unsigned_int: return "uint";
+    case ElementKind::nf4: return "nf4";
   }
   return "";
 }

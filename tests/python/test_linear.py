@@ -201,7 +201,7 @@ def test_weights_made_in_inference_mode_train() -> None:
 
 def test_lora_over_frozen_weights_trains() -> None:
     torch.manual_seed(0)
-    target, x = torch.randn(32, 64) / 8, torch.randn(256, 64)
+    target, x = torch.randn(32, 64) / 8, torch.randn(64, 64)
     base = ng.nn.Linear(ng.quantize(target, ng.int4))
     down, up = torch.nn.Linear(64, 24, bias=False), torch.nn.Linear(24, 32, bias=False)
     first = torch.nn.Linear(64, 64)  # ahead of the frozen layer: its gradient passes through
@@ -210,12 +210,12 @@ def test_lora_over_frozen_weights_trains() -> None:
     parameters = [*down.parameters(), *up.parameters(), *first.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=3e-3)
     before, codes = None, base.weight.codes.clone()
-    for _ in range(150):
+    for _ in range(100):
         h = first(x)
         loss = torch.nn.functional.mse_loss(base(h) + up(down(h)), x @ target.T)
         before = before or loss.item()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss.item() < before / 5
+    assert loss.item() < before / 3
     assert torch.equal(base.weight.codes, codes)

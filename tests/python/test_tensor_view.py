@@ -1,6 +1,9 @@
 """Borrowing arrays: torch through DLPack's exchange table, everything else through the fallback, bad ones refused."""
 
+import shutil
+import subprocess
 import threading
+from pathlib import Path
 
 import narrowgauge as ng
 import numpy as np
@@ -114,3 +117,54 @@ def test_memory_that_a_framework_moves() -> None:
     y = ng.linear(x, q)
     q.packed.share_memory_()
     assert torch.equal(ng.linear(x, q), y)
+
+
+ABI = r"""
+#include <cstddef>
+#include "ATen/dlpack.h"
+#include "dlpack.hpp"
+using namespace ng::dlpack;
+#define SAME(ours, our_field, theirs, their_field) \
+  static_assert(offsetof(ours, our_field) == offsetof(theirs, their_field) && \
+                sizeof(ours::our_field) == sizeof(theirs::their_field))
+static_assert(kMajorVersion == DLPACK_MAJOR_VERSION);
+static_assert(int{kCpu} == kDLCPU && int{kCuda} == kDLCUDA && int{kCudaHost} == kDLCUDAHost);
+static_assert(sizeof(Tensor) == sizeof(DLTensor) && sizeof(ManagedTensor) == sizeof(DLManagedTensorVersioned));
+static_assert(sizeof(ExchangeApi) == sizeof(DLPackExchangeAPI));
+SAME(Version, major, DLPackVersion, major);
+SAME(Device, type, DLDevice, device_type);
+SAME(Device, id, DLDevice, device_id);
+SAME(DataType, code, DLDataType, code);
+SAME(DataType, bits, DLDataType, bits);
+SAME(DataType, lanes, DLDataType, lanes);
+SAME(Tensor, data, DLTensor, data);
+SAME(Tensor, device, DLTensor, device);
+SAME(Tensor, ndim, DLTensor, ndim);
+SAME(Tensor, dtype, DLTensor, dtype);
+SAME(Tensor, shape, DLTensor, shape);
+SAME(Tensor, strides, DLTensor, strides);
+SAME(Tensor, byte_offset, DLTensor, byte_offset);
+SAME(ManagedTensor, context, DLManagedTensorVersioned, manager_ctx);
+SAME(ManagedTensor, deleter, DLManagedTensorVersioned, deleter);
+SAME(ManagedTensor, flags, DLManagedTensorVersioned, flags);
+SAME(ManagedTensor, tensor, DLManagedTensorVersioned, dl_tensor);
+SAME(ExchangeApi, header, DLPackExchangeAPI, header);
+SAME(ExchangeApi, allocate, DLPackExchangeAPI, managed_tensor_allocator);
+SAME(ExchangeApi, managed_from_object, DLPackExchangeAPI, managed_tensor_from_py_object_no_sync);
+SAME(ExchangeApi, managed_to_object, DLPackExchangeAPI, managed_tensor_to_py_object_no_sync);
+SAME(ExchangeApi, view_from_object, DLPackExchangeAPI, dltensor_from_py_object_no_sync);
+SAME(ExchangeApi, current_work_stream, DLPackExchangeAPI, current_work_stream);
+"""
+
+
+def test_our_dlpack_is_the_real_one(tmp_path: Path) -> None:
+    bindings = Path(__file__).parents[2] / "python" / "bindings"
+    include = Path(torch.__file__).parent / "include"
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None or not (include / "ATen" / "dlpack.h").exists():
+        pytest.skip("needs a C++ compiler and torch's headers")
+    source = tmp_path / "abi.cpp"
+    source.write_text(ABI)
+    command = [compiler, "-std=c++20", "-fsyntax-only", f"-I{include}", f"-I{bindings}", str(source)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
