@@ -234,7 +234,7 @@ float element_max(const Element& element) noexcept {
       return fp_value(element, element.codes() / 2 - 1 - specials);
     }
     case ElementKind::signed_int:
-      return static_cast<float>(element.codes() / 2 - 1);
+      return static_cast<float>((1 << (element.bits - 1)) - 1);
     case ElementKind::unsigned_int:
       return static_cast<float>(element.codes() - 1);
     case ElementKind::nf4:

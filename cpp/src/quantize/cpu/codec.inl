@@ -147,13 +147,12 @@ inline F value_of(I code, I zero, const Element& e) {
   } else if constexpr (kKind == Kind::unsigned_int) {
     return __builtin_convertvector(code - zero, F);
   } else {
-    if constexpr (kLanes == 16) {
-      return __builtin_shuffle(load<F>(e.values), code);
-    } else {
-      F value;
-      for (int i = 0; i < kLanes; ++i) value[i] = e.values[code[i] & 15];
-      return value;
-    }
+#if !defined(__clang__)  // which has no shuffle by a vector
+    if constexpr (kLanes == 16) return __builtin_shuffle(load<F>(e.values), code);
+#endif
+    F value;
+    for (int i = 0; i < kLanes; ++i) value[i] = e.values[code[i] & 15];
+    return value;
   }
 }
 
