@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -240,6 +241,22 @@ def test_quantize_odd_safetensors_files(run, tmp_path):
     save_file({"a.weight": torch.randn(4, 64).bfloat16()}, tmp_path / "one.safetensors")
     assert run("quantize", tmp_path / "one.safetensors", tmp_path / "out", "--dtype", "bfloat16")[0] == 2
     assert run("quantize", tmp_path / "one.safetensors", tmp_path / "out")[0] == 0
+
+
+def test_example_script(gguf_file, text_file, tmp_path):
+    command = tmp_path / "narrowgauge"
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m narrowgauge "$@"\n')
+    command.chmod(0o755)
+    script = Path(__file__).parents[2] / "examples" / "quantize_and_generate.sh"
+    done = subprocess.run(
+        ["sh", str(script), str(gguf_file), str(text_file), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "perplexity" in done.stdout and "Once upon a time" in done.stdout
 
 
 def test_bench(run, tmp_path):

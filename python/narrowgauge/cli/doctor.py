@@ -86,7 +86,7 @@ def _summary(report: dict[str, Any]) -> Table:
             "memory",
             f"{bandwidth:.1f} GB/s streaming read, best of {_READ_RUNS} over {_READ_BYTES >> 20} MiB"
             if bandwidth
-            else "not measured: not enough free memory",
+            else f"not measured: needs numpy or torch, and {_READ_BYTES >> 20} MiB of free memory",
         ),
         ("huge pages", report["huge_pages"]),
     ]
@@ -116,15 +116,18 @@ def isa_reason() -> str:
 
 
 def read_bandwidth() -> float | None:
-    """GB/s of reading memory on all threads: the limit of a layer whose weights are read once. None if memory lacks."""
+    """GB/s of reading memory on all threads: the limit of a layer whose weights are read once.
+
+    None if there is not enough memory, or neither numpy nor torch.
+    """
     try:
-        block = bytearray(b"\x01") * _READ_BYTES  # written, so that every page exists
-    except MemoryError:
+        block = _as_array(bytearray(b"\x01") * _READ_BYTES)  # written, so that every page exists
+    except (MemoryError, ImportError):
         return None
     best = float("inf")
     for _ in range(_READ_RUNS):
         start = time.perf_counter()
-        _native.stream_read(_as_array(block))
+        _native.stream_read(block)
         best = min(best, time.perf_counter() - start)
     return _READ_BYTES / best / 1e9
 
