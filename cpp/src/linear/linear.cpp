@@ -161,8 +161,13 @@ void load_tiles(const cpu::LinearKernels& k, const MatrixView& x, cpu::Real type
 // The smallest tile of a direct kernel that holds the rows.
 int64_t direct_tile(int64_t rows) { return rows <= 2 ? rows : rows <= 4 ? 4 : 8; }
 
-// Blocks per task such that a task reads enough to be worth a hand-over between threads.
-int64_t block_grain(int64_t block_bytes) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(block_bytes, 1)); }
+// How many pieces of work make a task that is worth a hand-over between threads: some microseconds of arithmetic, at
+// the rate of the fastest kernels (a unit takes about 8 ns to decode and 2.5 ns per row of x).
+int64_t task_grain(int64_t units, int64_t rows) {
+  constexpr double kTask = 4000;
+  const double piece = static_cast<double>(std::max<int64_t>(units, 1)) * (8 + 2.5 * static_cast<double>(rows));
+  return std::max<int64_t>(1, static_cast<int64_t>(kTask / piece));
+}
 
 // Sums of panels for one tile of rows after another, shared by the forward and backward passes.
 struct Panels {
@@ -189,11 +194,12 @@ void multiply_strip(const cpu::LinearKernels& k, Panels& p, const float* x_tiles
   }
 }
 
-// Runs `strip(panels, index)` for every strip of `blocks` blocks of output columns.
+// Runs `strip(panels, index)` for every strip of `blocks` blocks of output columns, each a reduction over `units`.
 template <typename Strip>
-void for_each_strip(const cpu::LinearKernels& k, int64_t blocks, Executor& executor, const Strip& strip) {
+void for_each_strip(const cpu::LinearKernels& k, int64_t blocks, int64_t units, int64_t rows, Executor& executor,
+                    const Strip& strip) {
   const int64_t strips = (blocks + k.panel_blocks - 1) / k.panel_blocks;
-  executor.parallel_for(strips, 1, [&](int64_t begin, int64_t end) {
+  executor.parallel_for(strips, task_grain(units * k.panel_blocks, rows), [&](int64_t begin, int64_t end) {
     Panels panels;
     for (int64_t i = begin; i < end; ++i) strip(panels, i);
   });
@@ -256,7 +262,7 @@ void linear(const TensorView& x_tensor, const PackedView& packed, const TensorVi
     load_tiles(k, x, x_type, 0, x.rows, tile, padded_cols, x_tile, executor);
     const cpu::Output out = output_rows(y, y_type, bias, 0);
     const int rows = static_cast<int>(x.rows);
-    executor.parallel_for(layout.blocks, block_grain(layout.block_bytes()), [&](int64_t begin, int64_t end) {
+    executor.parallel_for(layout.blocks, task_grain(layout.units, x.rows), [&](int64_t begin, int64_t end) {
       decoded.direct(w, x_tile, rows, out, begin, end);
     });
     return;
@@ -267,7 +273,7 @@ void linear(const TensorView& x_tensor, const PackedView& packed, const TensorVi
     float* x_tiles = scratch(0, static_cast<size_t>(padded_rows * padded_cols));
     load_tiles(k, x, x_type, first, rows, k.tile_rows, padded_cols, x_tiles, executor);
     const cpu::Output out = output_rows(y, y_type, bias, first);
-    for_each_strip(k, layout.blocks, executor, [&](Panels& p, int64_t strip) {
+    for_each_strip(k, layout.blocks, layout.units, rows, executor, [&](Panels& p, int64_t strip) {
       multiply_strip(k, p, x_tiles, rows, layout.units, true, [&](int64_t unit, int count) {
         decoded.panel(w, strip * k.panel_blocks, unit, count, p.panel.data(), p.scales.data());
       });
@@ -299,7 +305,7 @@ void linear_backward_input(const TensorView& dy_tensor, const PackedView& packed
     float* dy_tiles = scratch(0, static_cast<size_t>(padded_rows * padded_rows_of_w));
     load_tiles(k, dy, dy_type, first, rows, k.tile_rows, padded_rows_of_w, dy_tiles, executor);
     const cpu::Output out = output_rows(dx, dx_type, nullptr, first);
-    for_each_strip(k, layout.units, executor, [&](Panels& p, int64_t strip) {
+    for_each_strip(k, layout.units, layout.blocks, rows, executor, [&](Panels& p, int64_t strip) {
       multiply_strip(k, p, dy_tiles, rows, layout.blocks, false, [&](int64_t block, int count) {
         decoded.transposed_panel(w, block, strip * k.panel_blocks, count, p.panel.data());
       });
