@@ -32,7 +32,6 @@ WINDOWS, WINDOW = 8, 512
 PROMPT = "Once upon a time, there was a little girl who"
 GENERATED_TOKENS = 40
 
-_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _WITH_HEAD = f"{HEAD_FORMAT} + head"
 _MEANING = {
     "torch fp32": "the reference, four bytes a weight",
@@ -45,6 +44,8 @@ _MEANING = {
     "int4": "4-bit integers with a scale per 64",
     _WITH_HEAD: f"{HEAD_FORMAT} with the output layer narrow too",
 }
+
+_NARROW = (ng.nn.Linear, ng.nn.Embedding)
 
 Progress = Callable[[str], None]
 
@@ -136,20 +137,21 @@ def run(
     progress("loading the model")
     lm = load_causal_lm(model, torch.float32)
     windows = evaluate.cut_windows(lm.need_tokenizer(), text, WINDOW, WINDOWS)
-    bases = {kind: cast_parameters(copy.deepcopy(lm.model), dtype) for kind, dtype in _TYPES.items()}
+    wide, half = lm.model, cast_parameters(copy.deepcopy(lm.model), torch.bfloat16)
 
     perplexity: dict[str, float] = {}
     reports: dict[str, ng.QuantizeReport] = {}
     contenders: dict[tuple[str, str], Any] = {}  # by row and type of activations
-    for kind, base in bases.items():
+    for kind, base in (("fp32", wide), ("bf16", half)):
         progress(f"torch {kind}: perplexity")
         contenders[f"torch {kind}", kind] = base
         perplexity[f"torch {kind}"] = evaluate.perplexity(base, windows).value
     for name in (*FORMATS, _WITH_HEAD):
         progress(f"{name}: quantizing, perplexity")
-        for kind, base in bases.items():
-            contenders[name, kind], reports[name] = _narrowed(base, name)
-        perplexity[name] = evaluate.perplexity(contenders[name, "fp32"], windows).value
+        narrow, reports[name] = _narrowed(wide, name)
+        perplexity[name] = evaluate.perplexity(narrow, windows).value
+        contenders[name, "fp32"] = narrow
+        contenders[name, "bf16"] = _with_parameters(narrow, wide, half)
 
     progress("decoding, all models in turns")
     prompt = torch.tensor(lm.tokenizer(PROMPT)["input_ids"])
@@ -203,6 +205,14 @@ def _narrowed(base: Any, name: str) -> tuple[Any, ng.QuantizeReport]:
     if name == _WITH_HEAD:
         return model, ng.quantize_model(model, {"lm_head": HEAD_FORMAT, "*": HEAD_FORMAT})
     return model, ng.quantize_model(model, name)
+
+
+def _with_parameters(narrow: Any, wide: Any, half: Any) -> Any:
+    """A copy of a model made from `wide` with the parameters of `half`; narrow weights and buffers are shared."""
+    shared = chain(narrow.buffers(), (each.weight for each in narrow.modules() if isinstance(each, _NARROW)))
+    memo: dict[int, Any] = {id(each): each for each in shared}
+    memo.update({id(old): new for old, new in zip(wide.parameters(), half.parameters(), strict=True)})
+    return cast_parameters(copy.deepcopy(narrow, memo), torch.bfloat16)
 
 
 def _row(
