@@ -15,6 +15,10 @@ typedef uint16_t H __attribute__((vector_size(16)));
 constexpr bool kFused = true;
 inline F fused(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 
+// Shifts by lane are one operation, by a count in a register two.
+inline I shift_left(I x, int32_t n) { return (I)_mm256_sllv_epi32((__m256i)x, _mm256_set1_epi32(n)); }
+inline I shift_right(I x, int32_t n) { return (I)_mm256_srav_epi32((__m256i)x, _mm256_set1_epi32(n)); }
+
 // Sixteen elements share a scale.
 inline F pair_of(float a, float) { return a - F{}; }
 inline I pair_of(int32_t a, int32_t) { return a - I{}; }

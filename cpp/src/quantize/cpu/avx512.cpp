@@ -19,6 +19,10 @@ typedef uint16_t H __attribute__((vector_size(32)));
 constexpr bool kFused = true;
 inline F fused(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 
+// Shifts by lane are one operation, by a count in a register two.
+inline I shift_left(I x, int32_t n) { return (I)_mm512_sllv_epi32((__m512i)x, _mm512_set1_epi32(n)); }
+inline I shift_right(I x, int32_t n) { return (I)_mm512_srav_epi32((__m512i)x, _mm512_set1_epi32(n)); }
+
 inline F pair_of(float a, float b) { return (F)_mm512_mask_blend_ps(0xff00, _mm512_set1_ps(a), _mm512_set1_ps(b)); }
 inline I pair_of(int32_t a, int32_t b) {
   return (I)_mm512_mask_blend_epi32(0xff00, _mm512_set1_epi32(a), _mm512_set1_epi32(b));

@@ -5,6 +5,7 @@
 //   kFused, F fused(F a, F b, F c)    whether there is RN(a b + c) in one instruction
 //   pair_of(a, b)                     kLanes entries for every other one of 2 kLanes elements: the first 16 have a, the
 //                                     others, if there are any, b
+//   shift_left, shift_right(I, int)   of all lanes, the latter arithmetic
 //   largest(I), largest(H)            the largest lane; lanes are not negative
 //   widen_codes, narrow_codes         64 codes, one a byte, to and from vectors of 32-bit lanes
 //   widen_halves, narrow_halves       16 16-bit numbers to and from vectors of 32-bit lanes
@@ -47,19 +48,19 @@ inline I floating_code(I magnitude, const Floating& f) {
   const I e = max_of(t & kInfBits, splat(f.min_exponent));
   const I c = e + (((23 - f.mantissa_bits) << 23) + 0x400000);
   const I steps = bits_of(float_of(t) + float_of(c)) - c;
-  return steps + ((e - f.min_exponent) >> (23 - f.mantissa_bits));
+  return steps + shift_right(e - f.min_exponent, 23 - f.mantissa_bits);
 }
 
 inline F floating_value(I code, const Floating& f) {
   const I magnitude = code & ((1 << (f.bits - 1)) - 1);
-  const I field = magnitude << (23 - f.mantissa_bits);
+  const I field = shift_left(magnitude, 23 - f.mantissa_bits);
   // A subnormal code is read as one with an exponent of 1 and an implied bit, which is then subtracted: no
   // arithmetic on subnormal floats, which is slow.
   const I subnormal = field < (1 << 23);
   const I implied = subnormal & (1 << 23);
   const F value = float_of(field + implied + f.rebias) - float_of(subnormal & (f.rebias + (1 << 23)));
   const I special = (magnitude >= f.special) & kInfBits;
-  const I sign = (code << (32 - f.bits)) & ~kMagnitude;
+  const I sign = shift_left(code, 32 - f.bits) & ~kMagnitude;
   return float_of(bits_of(value) | special | sign);
 }
 
@@ -120,7 +121,7 @@ template <Kind kKind, Division kDivision>
 inline I code_of(F x, F s, F y, F z, I zero, const Element& e) {
   if constexpr (kKind == Kind::fp) {
     const I magnitude = bits_of(divide<kDivision>(float_of(bits_of(x) & kMagnitude), s, y, z));
-    const I sign = (I)((U)bits_of(x) >> (32 - e.bits)) & (1 << (e.bits - 1));
+    const I sign = shift_right(bits_of(x), 32 - e.bits) & (1 << (e.bits - 1));
     return floating_code(magnitude, e.fp) | sign;
   } else if constexpr (kKind == Kind::signed_int) {
     const I sum = bits_of(divide<kDivision>(x, s, y, z) + kToInteger);
@@ -143,7 +144,7 @@ inline F value_of(I code, I zero, const Element& e) {
   if constexpr (kKind == Kind::fp) {
     return floating_value(code, e.fp);
   } else if constexpr (kKind == Kind::signed_int) {
-    return __builtin_convertvector((code << (32 - e.bits)) >> (32 - e.bits), F);
+    return __builtin_convertvector(shift_right(shift_left(code, 32 - e.bits), 32 - e.bits), F);
   } else if constexpr (kKind == Kind::unsigned_int) {
     return __builtin_convertvector(code - zero, F);
   } else {

@@ -17,6 +17,9 @@ typedef uint16_t H __attribute__((vector_size(8)));
 constexpr bool kFused = false;
 inline F fused(F a, F b, F c) { return a * b + c; }
 
+inline I shift_left(I x, int32_t n) { return x << n; }
+inline I shift_right(I x, int32_t n) { return x >> n; }
+
 // Sixteen elements share a scale.
 inline F pair_of(float a, float) { return a - F{}; }
 inline I pair_of(int32_t a, int32_t) { return a - I{}; }
