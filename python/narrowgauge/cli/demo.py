@@ -93,7 +93,7 @@ def _words(result: Result) -> str:
         [
             *(result.sentence(row) for row in result.rows),
             "",
-            f"The {saved.format} model, saved ({human_bytes(saved.bytes)}) and loaded again in "
+            f"The {saved.format} model, saved ({human_bytes(saved.bytes)}, its embedding in fp32) and loaded again in "
             f"{saved.seconds_to_load:.1f} s, generates {same}:",
             f"  {saved.prompt}{saved.text}",
             f"Done in {result.seconds:.0f} s.",
