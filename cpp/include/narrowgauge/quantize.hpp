@@ -52,7 +52,8 @@ CanonicalBytes canonical_bytes(const Format& format, int64_t rows, int64_t cols)
 
 enum class ScaleSearch : uint8_t {
   absmax,  // scale = amax / element_max
-  mse,     // the one of a small grid of multiples of absmax, 1 among them, with the least squared error per group
+  mse,     // of 20 multiples of absmax from 1/2 to 5/4, 1 among them, the one with the least squared error per group:
+           // 32 36 40 44 46 48 50 52 54 56 58 60 62 64 66 68 70 72 76 80 / 64; 1 wins ties. uintN: of hi - lo
 };
 enum class NanPolicy : uint8_t {
   error,     // NaN or Inf in the input throws InvalidArgument naming the first index
@@ -70,6 +71,12 @@ struct QuantizeOptions {
   uint64_t seed = 0;
 };
 
+// scale = amax / element_max (uintN: (hi - lo) / element_max with lo = min(0, smallest), hi = max(0, largest), and
+// zero = rne(-lo / scale)), rounded once to its type; codes are the nearest to w / scale, a fp32 division by the stored
+// scale. A tie goes to the even code; where there are no mantissa bits, to the larger magnitude (IEEE 754, 4.3.1). e8m0:
+// 2^(floor(log2 amax) - floor(log2 element_max)), OCP's rule. e4m3: global = amax of the matrix / (element_max * 448),
+// and the scales are of amax / (element_max * global). amax = 0, or a scale of 0: scale 0 (e8m0: 2^-127) and codes 0.
+//
 // weights [.., cols] in f32, f16 or bf16, leading axes flattened to rows; rows dense.
 // pre: out has the matrix's rows and cols and arrays of canonical_bytes().
 void quantize(const TensorView& weights, const CanonicalView& out, const QuantizeOptions& options, Executor& executor);
