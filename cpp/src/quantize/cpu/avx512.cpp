@@ -2,6 +2,7 @@
 // GCC 12 warns of its own undefined vectors where these headers are inlined.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 
@@ -99,6 +100,45 @@ void unpack_block(const uint8_t* packed, uint8_t* codes) {
   }
   _mm512_storeu_si512(codes, x);
 }
+
+// The bf16 values of fp codes, 32 at a time in 16-bit lanes: a table of 32 for the low codes, among them all subnormal
+// ones, and a shift and an addition for the others.
+constexpr bool kLookup = true;
+class Lookup {
+ public:
+  // values: float bits of codes 0 to 31.
+  Lookup(const I* values, const Element& e)
+      : table_(_mm512_inserti64x4(_mm512_castsi256_si512(high_half(values[0])), high_half(values[1]), 1)),
+        magnitude_(_mm512_set1_epi16((int16_t)((1 << (e.bits - 1)) - 1))),
+        to_mantissa_(_mm512_set1_epi16((int16_t)(7 - e.fp.mantissa_bits))),
+        rebias_(_mm512_set1_epi16((int16_t)(e.fp.rebias >> 16))),
+        special_(_mm512_set1_epi16((int16_t)e.fp.special)),
+        to_sign_(_mm512_set1_epi16((int16_t)(16 - e.bits))) {}
+
+  template <bool kAllInTable>
+  U pairs(const uint8_t* codes) const {
+    const __m512i code = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)codes));
+    __m512i value;
+    if constexpr (kAllInTable) {
+      value = _mm512_permutexvar_epi16(code, table_);
+    } else {
+      const __m512i magnitude = _mm512_and_si512(code, magnitude_);
+      const __mmask32 low = _mm512_cmplt_epu16_mask(magnitude, _mm512_set1_epi16(32));
+      const __mmask32 special = _mm512_cmpge_epu16_mask(magnitude, special_);
+      value = _mm512_add_epi16(_mm512_sllv_epi16(magnitude, to_mantissa_), rebias_);
+      value = _mm512_mask_permutexvar_epi16(value, low, code, table_);
+      value = _mm512_mask_blend_epi16(special, value, _mm512_or_si512(value, _mm512_set1_epi16(0x7f80)));
+    }
+    const __m512i sign = _mm512_sllv_epi16(code, to_sign_);
+    return (U)_mm512_ternarylogic_epi64(value, sign, _mm512_set1_epi16((int16_t)0x8000),
+                                        0xf8);  // value | (sign & mask)
+  }
+
+ private:
+  static __m256i high_half(I x) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)x, 16)); }
+
+  __m512i table_, magnitude_, to_mantissa_, rebias_, special_, to_sign_;
+};
 
 #include "quantize/cpu/codec.inl"
 

@@ -9,6 +9,7 @@
 //   largest(I), largest(H)            the largest lane; lanes are not negative
 //   widen_codes, narrow_codes         64 codes, one a byte, to and from vectors of 32-bit lanes
 //   widen_halves, narrow_halves       16 16-bit numbers to and from vectors of 32-bit lanes
+//   Lookup, kLookup                   whether there is a faster way from fp codes to bf16 pairs: see avx512.cpp
 //   pack_block<N>, unpack_block<N>    64 codes of N bits, one a byte, to and from 8 N bytes
 //
 // and the vectors F, I, U and H of kLanes float, int32_t, uint32_t and uint16_t. Every operation is an IEEE one on its
@@ -202,11 +203,28 @@ void encode_run(const uint8_t* run, int64_t n, const Element& element, const Spr
   for (int64_t i = n; i % kBlock != 0; ++i) codes[i] = 0;
 }
 
-template <Source kType, Kind kKind>
+// Codes of up to 6 bits are all in the look-up table; of the others, the subnormal ones are.
+enum class Path { computed, looked_up, partly_looked_up };
+
+template <Path kPath, typename Table = Lookup>
+inline auto make_lookup(const Element& e) {
+  if constexpr (kPath == Path::computed) {
+    return 0;
+  } else {
+    int32_t code[32];
+    I value[32 / kLanes];
+    for (int i = 0; i < 32; ++i) code[i] = i;
+    for (int i = 0; i < 32 / kLanes; ++i) value[i] = bits_of(floating_value(load<I>(code + i * kLanes), e.fp));
+    return Table(value, e);
+  }
+}
+
+template <Source kType, Kind kKind, Path kPath>
 void decode_run(const uint8_t* codes, int64_t n, const Element& element, const Spread& scales, uint8_t* out) {
   constexpr int64_t kSize = size_of(kType);
   const Element e = element;
   const Spread s = scales;
+  const auto lookup = make_lookup<kPath>(e);
   uint8_t padded[kBlock * kSize];
   for (int64_t i = 0; i < n; i += kBlock) {
     const bool tail = n - i < kBlock;
@@ -218,6 +236,15 @@ void decode_run(const uint8_t* codes, int64_t n, const Element& element, const S
         const int64_t at = (i + v * kLanes) >> s.shift;
         const I zero = kKind == Kind::unsigned_int ? splat(s.zero[at]) : splat(0);
         store(to + v * kLanes * kSize, value_of<kKind>(block[v], zero, e) * splat(s.scale[at]));
+      }
+    } else if constexpr (kPath != Path::computed) {
+      for (int64_t v = 0; v < kVectors / 2; ++v) {
+        const int64_t at = (i + v * 2 * kLanes) >> s.shift, end = (i + v * 2 * kLanes + kSpread) >> s.shift;
+        const F scale = pair_of(s.scale[at], s.scale[end]);
+        F even, odd;
+        const U pairs = lookup.template pairs<kPath == Path::looked_up>(codes + i + v * 2 * kLanes);
+        split_pairs<Source::bf16>(pairs, &even, &odd);
+        store(to + v * 2 * kLanes * kSize, join_pairs<kType>(even * scale, odd * scale));
       }
     } else {
       U block[kVectors / 2];
@@ -541,7 +568,15 @@ void encode(const void* run, Source type, int64_t n, const Element& element, con
 
 void decode(const uint8_t* codes, int64_t n, const Element& element, const Spread& scales, Source type, void* out) {
   with_types(type, element.kind, [&](auto t, auto k) {
-    decode_run<decltype(t)::value, decltype(k)::value>(codes, n, element, scales, (uint8_t*)out);
+    constexpr Source kType = decltype(t)::value;
+    constexpr Kind kKind = decltype(k)::value;
+    auto f = decode_run<kType, kKind, Path::computed>;
+    if constexpr (kLookup && kType != Source::f32 && kKind == Kind::fp) {
+      // More mantissa bits would make more subnormal codes than the table holds.
+      if (element.bits <= 6) f = decode_run<kType, kKind, Path::looked_up>;
+      if (element.bits > 6 && element.fp.mantissa_bits <= 5) f = decode_run<kType, kKind, Path::partly_looked_up>;
+    }
+    f(codes, n, element, scales, (uint8_t*)out);
   });
 }
 

@@ -106,6 +106,9 @@ void unpack_block(const uint8_t* packed, uint8_t* codes) {
   }
 }
 
+constexpr bool kLookup = false;
+struct Lookup;
+
 #include "quantize/cpu/codec.inl"
 
 }  // namespace
