@@ -47,9 +47,10 @@ inline I splat(int32_t x) { return x - I{}; }
 inline I floating_code(I magnitude, const Floating& f) {
   const I t = min_of(magnitude, splat(f.max_bits));
   const I e = max_of(t & kInfBits, splat(f.min_exponent));
-  const I c = e + (((23 - f.mantissa_bits) << 23) + 0x400000);
-  const I steps = bits_of(float_of(t) + float_of(c)) - c;
-  return steps + shift_right(e - f.min_exponent, 23 - f.mantissa_bits);
+  // Unsigned, since the bits of a NaN (in groups that are reported or coded as zeros) may wrap.
+  const U c = (U)e + (uint32_t)(((23 - f.mantissa_bits) << 23) + 0x400000);
+  const U steps = (U)(float_of(t) + (F)c) - c;
+  return (I)(steps + (U)shift_right(e - f.min_exponent, 23 - f.mantissa_bits));
 }
 
 inline F floating_value(I code, const Floating& f) {
