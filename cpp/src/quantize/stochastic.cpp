@@ -46,8 +46,7 @@ int code_of(float q, double random, int zero, const Element& e) {
       const int rounded = static_cast<int>(below) + (random < clipped - below ? 1 : 0);
       return std::clamp(rounded + zero, 0, e.high);
     }
-    case Kind::nf4:
-      break;
+    case Kind::nf4: break;
   }
   // The neighbour towards zero is the last value that |q| reaches; values[7] is zero.
   const int step = q < 0 ? -1 : 1;
@@ -70,7 +69,8 @@ void encode_stochastic(const float* x, int64_t n, int64_t index, uint64_t seed, 
     const int64_t at = i >> scales.shift;
     const float s = scales.scale[at];
     const float q = s == 0 ? 0.0f : x[i] / s;
-    codes[i] = static_cast<uint8_t>(code_of(q, random, element.kind == Kind::unsigned_int ? scales.zero[at] : 0, element));
+    codes[i] =
+        static_cast<uint8_t>(code_of(q, random, element.kind == Kind::unsigned_int ? scales.zero[at] : 0, element));
   }
 }
 
