@@ -122,7 +122,10 @@ void save(const QTensor& tensor, const std::string& path, const std::string& nam
   }
 
   std::string shape;
-  for (const int64_t length : tensor.shape()) shape += (shape.empty() ? "" : ",") + std::to_string(length);
+  for (const int64_t length : tensor.shape()) {
+    if (!shape.empty()) shape += ',';
+    shape += std::to_string(length);
+  }
   const std::string entry = concat("{\"version\":", kVersion, ",\"tensors\":{", json_quote(name), ":{\"format\":\"",
                                    tensor.format().str(), "\",\"shape\":[", shape, "]}}}");
   write_safetensors(path, file_tensors(view, name), {{"format", "pt"}, {kMetadataKey, entry}});
