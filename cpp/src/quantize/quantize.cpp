@@ -1,7 +1,7 @@
 // quantize and dequantize: matrices cut into runs for the codec's kernels, checked here and nowhere below.
 //
 // A run is a whole number of groups and of blocks of 64 codes of one row, so runs write separate bytes and can go to
-// any thread. Scratch is on the stack (about 30 KB a thread). The result does not depend on the number of threads.
+// any thread. Scratch is on the stack (about 50 KB a thread). The result does not depend on the number of threads.
 #include "narrowgauge/quantize.hpp"
 
 #include <algorithm>
