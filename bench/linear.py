@@ -9,7 +9,7 @@ The protocol, for each of
   unpinned  as DRAM, threads where the system puts them, as users run
 every matmul is timed by itself, all kernels interleaved in random order (protocol.py), p10 and median reported. The
 limit is a streaming read of the same packed bytes on the same threads in the same rounds; "limit" is its p10 over the
-kernel's. "x bf16" is torch's bf16 F.linear over the kernel, median over median. Activations are bf16 (torch fp32: fp32).
+kernel's. "x bf16" is torch's bf16 F.linear over the kernel, median over median. Activations are bf16 (fp32 for fp32).
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+import narrowgauge as ng
 import protocol
 import torch
-
-import narrowgauge as ng
 
 FORMATS = ["fp6", "int8", "fp8", "fp5", "fp4", "int4", "mxfp6"]
 TABLES = ["DRAM", "cache", "unpinned"]
@@ -124,7 +123,9 @@ def show(args: argparse.Namespace, table: str, results: list[dict[str, Any]]) ->
     for name in dict.fromkeys(result["kernel"] for result in results):
         mine = {result["m"]: result for result in results if result["kernel"] == name}
         first = mine[args.rows[0]]
-        limit = f"{first['share_of_limit']:.0%} of {first['limit_gb_per_s']:.1f} GB/s" if "share_of_limit" in first else ""
+        limit = (
+            f"{first['share_of_limit']:.0%} of {first['limit_gb_per_s']:.1f} GB/s" if "share_of_limit" in first else ""
+        )
         lines.append(
             [name]
             + [f"{mine[m]['p10_ms']:.3f} / {mine[m]['median_ms']:.3f}" for m in args.rows]

@@ -56,9 +56,9 @@ std::string concat(const Parts&... parts) {
 
 // Throws ng::Kind with the joined message unless the condition holds. The message names the value seen and
 // the value expected; the place in the source follows in brackets.
-#define NG_CHECK(condition, Kind, ...)                                                                \
-  do {                                                                                                \
-    if (!(condition)) [[unlikely]] {                                                                  \
-      throw ::ng::Kind(::ng::concat(__VA_ARGS__, " [", __FILE_NAME__, ":", __LINE__, "]"));           \
-    }                                                                                                 \
+#define NG_CHECK(condition, Kind, ...)                                                      \
+  do {                                                                                      \
+    if (!(condition)) [[unlikely]] {                                                        \
+      throw ::ng::Kind(::ng::concat(__VA_ARGS__, " [", __FILE_NAME__, ":", __LINE__, "]")); \
+    }                                                                                       \
   } while (false)

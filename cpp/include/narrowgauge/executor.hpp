@@ -30,9 +30,9 @@ class Executor {
   // returns when all are done. The body's writes are visible to the caller. Chunks start at multiples of the grain.
   template <typename F>
   void parallel_for(int64_t count, int64_t grain, const F& f) {
-    run(count, grain, [](const void* context, int64_t begin, int64_t end) {
-      (*static_cast<const F*>(context))(begin, end);
-    }, &f);
+    run(
+        count, grain,
+        [](const void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); }, &f);
   }
 
   // "pool" or "openmp (<library>)".

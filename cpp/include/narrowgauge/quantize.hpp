@@ -35,8 +35,8 @@ struct CanonicalView {
   int64_t cols = 0;
   uint8_t* codes = nullptr;
   void* scales = nullptr;
-  uint8_t* zeros = nullptr;         // null unless the element has a zero point
-  float* global_scale = nullptr;    // null unless the Format has one
+  uint8_t* zeros = nullptr;       // null unless the element has a zero point
+  float* global_scale = nullptr;  // null unless the Format has one
 };
 
 // Bytes of each array of a canonical matrix (0 for an absent one).
@@ -73,9 +73,10 @@ struct QuantizeOptions {
 
 // scale = amax / element_max (uintN: (hi - lo) / element_max with lo = min(0, smallest), hi = max(0, largest), and
 // zero = rne(-lo / scale)), rounded once to its type; codes are the nearest to w / scale, a fp32 division by the stored
-// scale. A tie goes to the even code; where there are no mantissa bits, to the larger magnitude (IEEE 754, 4.3.1). e8m0:
-// 2^(floor(log2 amax) - floor(log2 element_max)), OCP's rule. e4m3: global = amax of the matrix / (element_max * 448),
-// and the scales are of amax / (element_max * global). amax = 0, or a scale of 0: scale 0 (e8m0: 2^-127) and codes 0.
+// scale. A tie goes to the even code; where there are no mantissa bits, to the larger magnitude (IEEE 754, 4.3.1).
+// e8m0: 2^(floor(log2 amax) - floor(log2 element_max)), OCP's rule. e4m3: global = amax of the matrix / (element_max *
+// 448), and the scales are of amax / (element_max * global). amax = 0, or a scale of 0: scale 0 (e8m0: 2^-127) and
+// codes 0.
 //
 // weights [.., cols] in f32, f16 or bf16, leading axes flattened to rows; rows dense.
 // pre: out has the matrix's rows and cols and arrays of canonical_bytes().

@@ -20,24 +20,24 @@ constexpr std::array<std::string_view, 3> kNames = {"portable", "avx2", "avx512"
 #if defined(__x86_64__)
 struct Feature {
   std::string_view name;
-  int leaf;     // 1: leaf 1; 7: leaf 7 subleaf 0; 71: leaf 7 subleaf 1
-  char reg;     // which register
+  int leaf;  // 1: leaf 1; 7: leaf 7 subleaf 0; 71: leaf 7 subleaf 1
+  char reg;  // which register
   int bit;
-  int state;    // XCR0 bits that the operating system must have enabled
+  int state;  // XCR0 bits that the operating system must have enabled
 };
 
-constexpr int kYmm = 0x6;         // SSE and AVX state
-constexpr int kZmm = 0xe6;        // plus opmask and the upper ZMM state
-constexpr int kTile = 0x60000;    // TILECFG and TILEDATA
+constexpr int kYmm = 0x6;       // SSE and AVX state
+constexpr int kZmm = 0xe6;      // plus opmask and the upper ZMM state
+constexpr int kTile = 0x60000;  // TILECFG and TILEDATA
 constexpr std::array kFeatures = {
-    Feature{"avx2", 7, 'b', 5, kYmm},           Feature{"fma", 1, 'c', 12, kYmm},
-    Feature{"f16c", 1, 'c', 29, kYmm},          Feature{"bmi2", 7, 'b', 8, 0},
-    Feature{"avx_vnni", 71, 'a', 4, kYmm},      Feature{"avx512f", 7, 'b', 16, kZmm},
-    Feature{"avx512bw", 7, 'b', 30, kZmm},      Feature{"avx512dq", 7, 'b', 17, kZmm},
-    Feature{"avx512vl", 7, 'b', 31, kZmm},      Feature{"avx512_vbmi", 7, 'c', 1, kZmm},
-    Feature{"avx512_vbmi2", 7, 'c', 6, kZmm},   Feature{"avx512_vnni", 7, 'c', 11, kZmm},
-    Feature{"avx512_bf16", 71, 'a', 5, kZmm},   Feature{"avx512_fp16", 7, 'd', 23, kZmm},
-    Feature{"amx_tile", 7, 'd', 24, kTile},     Feature{"amx_bf16", 7, 'd', 22, kTile},
+    Feature{"avx2", 7, 'b', 5, kYmm},         Feature{"fma", 1, 'c', 12, kYmm},
+    Feature{"f16c", 1, 'c', 29, kYmm},        Feature{"bmi2", 7, 'b', 8, 0},
+    Feature{"avx_vnni", 71, 'a', 4, kYmm},    Feature{"avx512f", 7, 'b', 16, kZmm},
+    Feature{"avx512bw", 7, 'b', 30, kZmm},    Feature{"avx512dq", 7, 'b', 17, kZmm},
+    Feature{"avx512vl", 7, 'b', 31, kZmm},    Feature{"avx512_vbmi", 7, 'c', 1, kZmm},
+    Feature{"avx512_vbmi2", 7, 'c', 6, kZmm}, Feature{"avx512_vnni", 7, 'c', 11, kZmm},
+    Feature{"avx512_bf16", 71, 'a', 5, kZmm}, Feature{"avx512_fp16", 7, 'd', 23, kZmm},
+    Feature{"amx_tile", 7, 'd', 24, kTile},   Feature{"amx_bf16", 7, 'd', 22, kTile},
     Feature{"amx_int8", 7, 'd', 25, kTile},
 };
 constexpr std::array<std::string_view, 4> kAvx2Needs = {"avx2", "fma", "f16c", "bmi2"};
@@ -131,7 +131,8 @@ Isa isa_supported() noexcept {
 
 Isa isa() {
   const int known = g_isa.load(std::memory_order_relaxed);
-  if (known >= 0) [[likely]] return static_cast<Isa>(known);
+  if (known >= 0) [[likely]]
+    return static_cast<Isa>(known);
   const Isa chosen = initial_isa();
   g_isa.store(static_cast<int>(chosen), std::memory_order_relaxed);
   return chosen;

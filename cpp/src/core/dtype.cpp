@@ -19,12 +19,12 @@ struct Entry {
 
 // In the order of the enum.
 constexpr std::array kEntries = {
-    Entry{DType::f32, {kDLFloat, 32}, "float32"}, Entry{DType::f16, {kDLFloat, 16}, "float16"},
+    Entry{DType::f32, {kDLFloat, 32}, "float32"},    Entry{DType::f16, {kDLFloat, 16}, "float16"},
     Entry{DType::bf16, {kDLBfloat, 16}, "bfloat16"}, Entry{DType::f64, {kDLFloat, 64}, "float64"},
-    Entry{DType::u8, {kDLUInt, 8}, "uint8"}, Entry{DType::i8, {kDLInt, 8}, "int8"},
-    Entry{DType::u16, {kDLUInt, 16}, "uint16"}, Entry{DType::i16, {kDLInt, 16}, "int16"},
-    Entry{DType::u32, {kDLUInt, 32}, "uint32"}, Entry{DType::i32, {kDLInt, 32}, "int32"},
-    Entry{DType::u64, {kDLUInt, 64}, "uint64"}, Entry{DType::i64, {kDLInt, 64}, "int64"},
+    Entry{DType::u8, {kDLUInt, 8}, "uint8"},         Entry{DType::i8, {kDLInt, 8}, "int8"},
+    Entry{DType::u16, {kDLUInt, 16}, "uint16"},      Entry{DType::i16, {kDLInt, 16}, "int16"},
+    Entry{DType::u32, {kDLUInt, 32}, "uint32"},      Entry{DType::i32, {kDLInt, 32}, "int32"},
+    Entry{DType::u64, {kDLUInt, 64}, "uint64"},      Entry{DType::i64, {kDLInt, 64}, "int64"},
     Entry{DType::boolean, {kDLBool, 8}, "bool"},
 };
 

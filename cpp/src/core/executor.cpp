@@ -281,7 +281,8 @@ class Current final : public Executor {
  private:
   Executor& form() const {
     Executor* now = form_.load(std::memory_order_acquire);
-    if (now != nullptr) [[likely]] return *now;
+    if (now != nullptr) [[likely]]
+      return *now;
     auto* fresh = new Pool(usable_cores());
     if (form_.compare_exchange_strong(now, fresh)) return *fresh;
     delete fresh;

@@ -59,9 +59,9 @@ MatrixView as_matrix(const TensorView& tensor, const char* name) {
     if (extent == 1) {
       matrix.row_stride = tensor.strides[i];
     } else {
-      NG_CHECK(tensor.strides[i] == extent * matrix.row_stride, InvalidArgument, name, " of shape ",
-               tensor.shape_str(), " has leading axes that do not flatten to one stride; expected stride ",
-               extent * matrix.row_stride, " for axis ", i, ", got ", tensor.strides[i]);
+      NG_CHECK(tensor.strides[i] == extent * matrix.row_stride, InvalidArgument, name, " of shape ", tensor.shape_str(),
+               " has leading axes that do not flatten to one stride; expected stride ", extent * matrix.row_stride,
+               " for axis ", i, ", got ", tensor.strides[i]);
     }
     extent *= tensor.shape[i];
   }

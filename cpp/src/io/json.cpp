@@ -102,17 +102,12 @@ JsonType JsonReader::peek() {
   skip_space();
   if (position_ < text_.size()) {
     switch (text_[position_]) {
-      case '{':
-        return JsonType::object;
-      case '[':
-        return JsonType::array;
-      case '"':
-        return JsonType::string;
+      case '{': return JsonType::object;
+      case '[': return JsonType::array;
+      case '"': return JsonType::string;
       case 't':
-      case 'f':
-        return JsonType::boolean;
-      case 'n':
-        return JsonType::null;
+      case 'f': return JsonType::boolean;
+      case 'n': return JsonType::null;
       default:
         if (next_is('-') || is_digit(text_[position_])) return JsonType::number;
     }
@@ -232,21 +227,12 @@ void JsonReader::null() {
 
 void JsonReader::skip() {
   switch (peek()) {
-    case JsonType::object:
-      return object([this](const std::string&) { skip(); });
-    case JsonType::array:
-      return array([this] { skip(); });
-    case JsonType::string:
-      string();
-      return;
-    case JsonType::number:
-      number();
-      return;
-    case JsonType::boolean:
-      boolean();
-      return;
-    case JsonType::null:
-      return null();
+    case JsonType::object: return object([this](const std::string&) { skip(); });
+    case JsonType::array: return array([this] { skip(); });
+    case JsonType::string: string(); return;
+    case JsonType::number: number(); return;
+    case JsonType::boolean: boolean(); return;
+    case JsonType::null: return null();
   }
 }
 

@@ -72,8 +72,7 @@ cpu::Real real_type(DType dtype, const char* name) {
     case DType::f32: return cpu::Real::f32;
     case DType::f16: return cpu::Real::f16;
     case DType::bf16: return cpu::Real::bf16;
-    default:
-      throw InvalidArgument(concat(name, " is ", dtype_name(dtype), "; expected float32, float16 or bfloat16"));
+    default: throw InvalidArgument(concat(name, " is ", dtype_name(dtype), "; expected float32, float16 or bfloat16"));
   }
 }
 
@@ -177,7 +176,8 @@ struct Panels {
 };
 
 // out += tiles . panels for the strip of panel_blocks * 16 output columns that starts at block `strip`:
-// decode(unit, count, panels) fills `count` <= kPanelUnits units of the reduction; `scaled` says whether it fills scales.
+// decode(unit, count, panels) fills `count` <= kPanelUnits units of the reduction; `scaled` says whether it fills
+// scales.
 template <typename Decode>
 void multiply_strip(const cpu::LinearKernels& k, Panels& p, const float* x_tiles, int64_t rows, int64_t units,
                     bool scaled, const Decode& decode) {
@@ -262,9 +262,8 @@ void linear(const TensorView& x_tensor, const PackedView& packed, const TensorVi
     load_tiles(k, x, x_type, 0, x.rows, tile, padded_cols, x_tile, executor);
     const cpu::Output out = output_rows(y, y_type, bias, 0);
     const int rows = static_cast<int>(x.rows);
-    executor.parallel_for(layout.blocks, task_grain(layout.units, x.rows), [&](int64_t begin, int64_t end) {
-      decoded.direct(w, x_tile, rows, out, begin, end);
-    });
+    executor.parallel_for(layout.blocks, task_grain(layout.units, x.rows),
+                          [&](int64_t begin, int64_t end) { decoded.direct(w, x_tile, rows, out, begin, end); });
     return;
   }
   for (int64_t first = 0; first < x.rows; first += kRowsPerPass) {

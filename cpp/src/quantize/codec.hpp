@@ -1,8 +1,9 @@
 // The table of codec kernels, one per instruction set, and the constants that they share.
 //
 // A kernel works on one run: up to kRun consecutive elements of a row that start at a multiple of 16, with scales
-// spread to one for every 16 or 64 elements. Kernels check nothing, allocate nothing and never throw; quantize.cpp cuts matrices
-// into runs. This header is read by instruction-set files, so it includes C headers only and defines no functions.
+// spread to one for every 16 or 64 elements. Kernels check nothing, allocate nothing and never throw; quantize.cpp cuts
+// matrices into runs. This header is read by instruction-set files, so it includes C headers only and defines no
+// functions.
 #pragma once
 
 #include <stddef.h>

@@ -128,14 +128,10 @@ float fp_value(const Element& element, int code) {
 
 std::string Element::str() const {
   switch (kind) {
-    case ElementKind::fp:
-      return concat("fp", int{bits}, "_e", int{exponent_bits}, "m", int{mantissa_bits});
-    case ElementKind::signed_int:
-      return concat("int", int{bits});
-    case ElementKind::unsigned_int:
-      return concat("uint", int{bits});
-    case ElementKind::nf4:
-      break;
+    case ElementKind::fp: return concat("fp", int{bits}, "_e", int{exponent_bits}, "m", int{mantissa_bits});
+    case ElementKind::signed_int: return concat("int", int{bits});
+    case ElementKind::unsigned_int: return concat("uint", int{bits});
+    case ElementKind::nf4: break;
   }
   return "nf4";
 }
@@ -190,14 +186,11 @@ std::span<const Alias> format_aliases() noexcept { return kAliases; }
 
 size_t scale_bytes(ScaleType type) noexcept {
   switch (type) {
-    case ScaleType::fp32:
-      return 4;
+    case ScaleType::fp32: return 4;
     case ScaleType::fp16:
-    case ScaleType::bf16:
-      return 2;
+    case ScaleType::bf16: return 2;
     case ScaleType::e8m0:
-    case ScaleType::e4m3:
-      break;
+    case ScaleType::e4m3: break;
   }
   return 1;
 }
@@ -209,18 +202,12 @@ std::array<float, 256> element_values(const Element& element) {
   for (int code = 0; code < element.codes(); ++code) {
     float& value = values[static_cast<size_t>(code)];
     switch (element.kind) {
-      case ElementKind::fp:
-        value = fp_value(element, code);
-        break;
+      case ElementKind::fp: value = fp_value(element, code); break;
       case ElementKind::signed_int:
         value = static_cast<float>(code < element.codes() / 2 ? code : code - element.codes());
         break;
-      case ElementKind::unsigned_int:
-        value = static_cast<float>(code);
-        break;
-      case ElementKind::nf4:
-        value = kNf4[static_cast<size_t>(code)];
-        break;
+      case ElementKind::unsigned_int: value = static_cast<float>(code); break;
+      case ElementKind::nf4: value = kNf4[static_cast<size_t>(code)]; break;
     }
   }
   return values;
@@ -233,12 +220,9 @@ float element_max(const Element& element) noexcept {
       const int specials = element.bits != 8 ? 0 : element.exponent_bits == 4 ? 1 : element.exponent_bits == 5 ? 4 : 0;
       return fp_value(element, element.codes() / 2 - 1 - specials);
     }
-    case ElementKind::signed_int:
-      return static_cast<float>((1 << (element.bits - 1)) - 1);
-    case ElementKind::unsigned_int:
-      return static_cast<float>(element.codes() - 1);
-    case ElementKind::nf4:
-      break;
+    case ElementKind::signed_int: return static_cast<float>((1 << (element.bits - 1)) - 1);
+    case ElementKind::unsigned_int: return static_cast<float>(element.codes() - 1);
+    case ElementKind::nf4: break;
   }
   return 1.0f;
 }
@@ -259,8 +243,7 @@ uint32_t scale_encode(ScaleType type, float scale) noexcept {
   const uint32_t magnitude = bits & 0x7fffffffu;
   const bool nan = magnitude > 0x7f800000u;
   switch (type) {
-    case ScaleType::fp32:
-      return magnitude == 0x7f800000u ? bits - 1 : bits;
+    case ScaleType::fp32: return magnitude == 0x7f800000u ? bits - 1 : bits;
     case ScaleType::fp16: {
       const uint32_t half = to_f16(scale).bits;
       return (half & 0x7fffu) == 0x7c00u ? half - 1 : half;
@@ -272,8 +255,7 @@ uint32_t scale_encode(ScaleType type, float scale) noexcept {
     case ScaleType::e8m0:
       if (nan) return 255;
       return std::min(std::max(scale, 0.0f) == 0.0f ? 0u : magnitude >> 23, 254u);
-    case ScaleType::e4m3:
-      break;
+    case ScaleType::e4m3: break;
   }
   const uint32_t sign = (bits >> 24) & 0x80u;
   if (nan) return sign | 0x7fu;
@@ -287,18 +269,14 @@ uint32_t scale_encode(ScaleType type, float scale) noexcept {
 
 float scale_decode(ScaleType type, uint32_t bits) noexcept {
   switch (type) {
-    case ScaleType::fp32:
-      return std::bit_cast<float>(bits);
-    case ScaleType::fp16:
-      return to_float(f16{static_cast<uint16_t>(bits)});
-    case ScaleType::bf16:
-      return to_float(bf16{static_cast<uint16_t>(bits)});
+    case ScaleType::fp32: return std::bit_cast<float>(bits);
+    case ScaleType::fp16: return to_float(f16{static_cast<uint16_t>(bits)});
+    case ScaleType::bf16: return to_float(bf16{static_cast<uint16_t>(bits)});
     case ScaleType::e8m0:
       // 2^(bits - 127); 2^-127 is a subnormal float.
       if ((bits & 0xffu) == 255) return std::numeric_limits<float>::quiet_NaN();
       return std::bit_cast<float>((bits & 0xffu) == 0 ? 0x00400000u : (bits & 0xffu) << 23);
-    case ScaleType::e4m3:
-      break;
+    case ScaleType::e4m3: break;
   }
   // The code's exponent and mantissa in the float's place, then the difference of the biases: exact for subnormals.
   if ((bits & 0x7fu) == 0x7fu) return std::numeric_limits<float>::quiet_NaN();

@@ -73,8 +73,8 @@ constexpr UnitMap UnitMap::make(UnitOrder order, int bits) noexcept {
           bit = (width == 4 ? col / 8 * 512 : 0) + row * lane_bits + field * width;
         } else {
           const int reg = col / 4;
-          const int byte = order == UnitOrder::quad ? row * 4 + col % 4
-                                                    : row / 4 * 16 + col / 2 % 2 * 8 + row % 4 * 2 + col % 2;
+          const int byte =
+              order == UnitOrder::quad ? row * 4 + col % 4 : row / 4 * 16 + col / 2 % 2 * 8 + row % 4 * 2 + col % 2;
           if (width == 8) {
             bit = (reg * 64 + byte) * 8;
           } else if (width == 4) {

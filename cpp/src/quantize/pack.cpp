@@ -76,8 +76,8 @@ void check_canonical(const CanonicalView& matrix, const char* what) {
 
 void check_packed(const void* data, const char* what) {
   NG_CHECK(data != nullptr, InvalidArgument, what, ": the packed block is null");
-  NG_CHECK(reinterpret_cast<uintptr_t>(data) % 64 == 0, InvalidArgument, what,
-           ": the packed block is at address ", data, "; expected alignment to 64 bytes");
+  NG_CHECK(reinterpret_cast<uintptr_t>(data) % 64 == 0, InvalidArgument, what, ": the packed block is at address ",
+           data, "; expected alignment to 64 bytes");
 }
 
 // Transposes per-group values between canonical [rows, groups] and packed [block, group, 16].
@@ -177,8 +177,8 @@ void pack(const CanonicalView& matrix, uint8_t* packed, Executor& executor) {
           }
         }
       }
-      pack_groups(static_cast<const uint8_t*>(matrix.scales), packed + layout.scales, layout, matrix.rows,
-                  scale_width, block);
+      pack_groups(static_cast<const uint8_t*>(matrix.scales), packed + layout.scales, layout, matrix.rows, scale_width,
+                  block);
       if (element.has_zero_point()) {
         pack_groups(matrix.zeros, packed + layout.zeros, layout, matrix.rows, 1, block);
       }
@@ -191,8 +191,8 @@ void pack(const CanonicalView& matrix, uint8_t* packed, Executor& executor) {
 
 void unpack(const PackedView& packed, const CanonicalView& out, Executor& executor) {
   NG_CHECK(packed.format == out.format && packed.rows == out.rows && packed.cols == out.cols, InvalidArgument,
-           "unpack: the packed matrix is ", packed.format.str(), " [", packed.rows, ", ", packed.cols,
-           "], the output ", out.format.str(), " [", out.rows, ", ", out.cols, "]");
+           "unpack: the packed matrix is ", packed.format.str(), " [", packed.rows, ", ", packed.cols, "], the output ",
+           out.format.str(), " [", out.rows, ", ", out.cols, "]");
   check_canonical(out, "unpack");
   const PackedLayout layout(packed.format, packed.rows, packed.cols);
   if (layout.total == 0) return;
@@ -235,13 +235,13 @@ void unpack(const PackedView& packed, const CanonicalView& out, Executor& execut
 void gather_rows(const PackedView& packed, const int64_t* indices, int64_t count, const TensorView& out,
                  Executor& executor) {
   const MatrixView target = as_matrix(out, "out");
-  NG_CHECK(target.rows == count && target.cols == packed.cols, InvalidArgument, "gather_rows: out is ",
-           out.shape_str(), "; expected [", count, ", ", packed.cols, "]");
+  NG_CHECK(target.rows == count && target.cols == packed.cols, InvalidArgument, "gather_rows: out is ", out.shape_str(),
+           "; expected [", count, ", ", packed.cols, "]");
   NG_CHECK(target.dtype == DType::f32 || target.dtype == DType::f16 || target.dtype == DType::bf16, InvalidArgument,
            "gather_rows: out is ", dtype_name(target.dtype), "; expected float32, float16 or bfloat16");
   for (int64_t i = 0; i < count; ++i) {
-    NG_CHECK(indices[i] >= 0 && indices[i] < packed.rows, InvalidArgument, "gather_rows: index ", i, " is ",
-             indices[i], "; expected 0 <= index < ", packed.rows);
+    NG_CHECK(indices[i] >= 0 && indices[i] < packed.rows, InvalidArgument, "gather_rows: index ", i, " is ", indices[i],
+             "; expected 0 <= index < ", packed.rows);
   }
   if (count == 0 || packed.cols == 0) return;
   check_packed(packed.data, "gather_rows");

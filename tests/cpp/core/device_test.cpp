@@ -28,7 +28,9 @@ TEST(Device, ForcesWhatTheCpuHas) {
 
 TEST(Device, FeaturesAgreeWithTheChoice) {
   const std::vector<std::string> features = cpu_features();
-  const auto has = [&](const char* name) { return std::find(features.begin(), features.end(), name) != features.end(); };
+  const auto has = [&](const char* name) {
+    return std::find(features.begin(), features.end(), name) != features.end();
+  };
   EXPECT_EQ(isa_supported() >= Isa::avx2, has("avx2") && has("fma") && has("f16c") && has("bmi2"));
   if (isa_supported() == Isa::avx512) {
     EXPECT_TRUE(has("avx512_vbmi") && has("avx512_bf16"));

@@ -73,15 +73,9 @@ std::string mutate(std::string text, std::mt19937_64& random) {
       case 0:
         if (at < text.size()) text[at] = static_cast<char>(text[at] ^ (1 << below(8)));
         break;
-      case 1:
-        text.erase(at, 1 + below(8));
-        break;
-      case 2:
-        text.insert(at, kWords[below(std::size(kWords))]);
-        break;
-      case 3:
-        text.insert(at, text.substr(below(text.size() + 1), 1 + below(40)));
-        break;
+      case 1: text.erase(at, 1 + below(8)); break;
+      case 2: text.insert(at, kWords[below(std::size(kWords))]); break;
+      case 3: text.insert(at, text.substr(below(text.size() + 1), 1 + below(40))); break;
       case 4: {
         // One digit: the mutation that keeps the syntax and breaks the sizes.
         const size_t digit = text.find_first_of("0123456789", at);

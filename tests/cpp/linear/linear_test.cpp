@@ -157,8 +157,8 @@ TEST_P(LinearTest, GradientMatchesFloat64) {
           double expected = 0;
           double magnitude = 0;
           for (int64_t row = 0; row < n; ++row) {
-            const double term = dy.values[static_cast<size_t>(i * n + row)] *
-                                weights[static_cast<size_t>(row * k + col)];
+            const double term =
+                dy.values[static_cast<size_t>(i * n + row)] * weights[static_cast<size_t>(row * k + col)];
             expected += term;
             magnitude += std::abs(term);
           }

@@ -29,7 +29,12 @@ struct Matrix {
     global_scale.resize(static_cast<size_t>(bytes.global_scale) / sizeof(float), 1.0f);
   }
   CanonicalView view() {
-    return {format, rows, cols, codes.data(), scales.data(), zeros.empty() ? nullptr : zeros.data(),
+    return {format,
+            rows,
+            cols,
+            codes.data(),
+            scales.data(),
+            zeros.empty() ? nullptr : zeros.data(),
             global_scale.empty() ? nullptr : global_scale.data()};
   }
   int code(int64_t row, int64_t col) const {

@@ -22,9 +22,7 @@ inline V16 set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 inline V16 add(V16 a, V16 b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
 inline V16 sub(V16 a, V16 b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
 inline V16 mul(V16 a, V16 b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
-inline V16 fma(V16 a, V16 b, V16 c) {
-  return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
-}
+inline V16 fma(V16 a, V16 b, V16 c) { return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)}; }
 inline V16 load_f16(const uint16_t* p) { return {_mm256_cvtph_ps(load_128(p)), _mm256_cvtph_ps(load_128(p + 8))}; }
 inline void store_f16(uint16_t* p, V16 v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v.lo, _MM_FROUND_TO_NEAREST_INT));
@@ -50,9 +48,7 @@ inline void store_bf16(uint16_t* p, V16 v) {
 inline __m256i widen_u8(const uint8_t* p) {
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }
-inline V16 load_u8(const uint8_t* p) {
-  return {_mm256_cvtepi32_ps(widen_u8(p)), _mm256_cvtepi32_ps(widen_u8(p + 8))};
-}
+inline V16 load_u8(const uint8_t* p) { return {_mm256_cvtepi32_ps(widen_u8(p)), _mm256_cvtepi32_ps(widen_u8(p + 8))}; }
 // The exponent field of a float; code 0 is 2^-127, a subnormal, and 255 NaN: both have this one mantissa bit.
 inline __m256 half_e8m0(const uint8_t* p) {
   const __m256i codes = widen_u8(p);
@@ -191,9 +187,7 @@ struct HalfDecoder {
     *even = _mm256_mul_ps(in_order(evens), unbias);
     *odd = _mm256_mul_ps(in_order(odds), unbias);
   }
-  static __m256 in_order(__m256 v) {
-    return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8));
-  }
+  static __m256 in_order(__m256 v) { return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8)); }
 
   template <int Q>
   void decode(const uint8_t* unit, V16* out) const {

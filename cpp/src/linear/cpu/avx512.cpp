@@ -17,7 +17,9 @@ inline V16 add(V16 a, V16 b) { return _mm512_add_ps(a, b); }
 inline V16 sub(V16 a, V16 b) { return _mm512_sub_ps(a, b); }
 inline V16 mul(V16 a, V16 b) { return _mm512_mul_ps(a, b); }
 inline V16 fma(V16 a, V16 b, V16 c) { return _mm512_fmadd_ps(a, b, c); }
-inline V16 load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline V16 load_f16(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
 inline void store_f16(uint16_t* p, V16 v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
@@ -131,7 +133,9 @@ struct PairDecoder {
   __m512i low, high, low_upper, high_upper;
 
   explicit PairDecoder(const ElementTables& tables)
-      : low(load_512(tables.low)), high(load_512(tables.high)), low_upper(load_512(tables.low + 64)),
+      : low(load_512(tables.low)),
+        high(load_512(tables.high)),
+        low_upper(load_512(tables.low + 64)),
         high_upper(load_512(tables.high + 64)) {}
 
   template <int Q>
@@ -161,7 +165,9 @@ struct Fp8Decoder {
   __m512i low, high, low_upper, high_upper;
 
   explicit Fp8Decoder(const ElementTables& tables)
-      : low(load_512(tables.low)), high(load_512(tables.high)), low_upper(load_512(tables.low + 64)),
+      : low(load_512(tables.low)),
+        high(load_512(tables.high)),
+        low_upper(load_512(tables.low + 64)),
         high_upper(load_512(tables.high + 64)) {}
 
   template <int Q>
@@ -169,8 +175,8 @@ struct Fp8Decoder {
     const __m512i codes = load_512(unit + Q * 64);
     const __m512i magnitude = _mm512_permutex2var_epi8(high, codes, high_upper);
     const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
-    widen(_mm512_permutex2var_epi8(low, codes, low_upper),
-          _mm512_ternarylogic_epi32(magnitude, codes, sign, 0xf8), out);
+    widen(_mm512_permutex2var_epi8(low, codes, low_upper), _mm512_ternarylogic_epi32(magnitude, codes, sign, 0xf8),
+          out);
   }
 };
 
@@ -184,8 +190,8 @@ struct QuadDecoder {
   template <int J>
   static __m512 column(__m512i bytes) {
     const __m512i select_byte = _mm512_set1_epi32(J);
-    const __m512i from_lane = _mm512_add_epi32(
-        select_byte, _mm512_set_epi32(12, 8, 4, 0, 12, 8, 4, 0, 12, 8, 4, 0, 12, 8, 4, 0));
+    const __m512i from_lane =
+        _mm512_add_epi32(select_byte, _mm512_set_epi32(12, 8, 4, 0, 12, 8, 4, 0, 12, 8, 4, 0, 12, 8, 4, 0));
     const __m512i magic = _mm512_set1_epi32(0x4b000000);
     const __m512i placed = _mm512_mask_shuffle_epi8(magic, 0x1111111111111111ull, bytes, from_lane);
     return _mm512_sub_ps(_mm512_castsi512_ps(placed), _mm512_set1_ps(kSigned ? 0x1p23f + 128 : 0x1p23f));

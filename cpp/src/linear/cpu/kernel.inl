@@ -50,12 +50,8 @@ void store_columns(const float* sums, const Output& out, int64_t row, int64_t co
         for (int64_t i = 0; i < valid; ++i) static_cast<float*>(out.data)[at + i] = wide[i];
       }
       return;
-    case Real::f16:
-      store_f16(narrow, value);
-      break;
-    case Real::bf16:
-      store_bf16(narrow, value);
-      break;
+    case Real::f16: store_f16(narrow, value); break;
+    case Real::bf16: store_bf16(narrow, value); break;
   }
   for (int64_t i = 0; i < valid; ++i) static_cast<uint16_t*>(out.data)[at + i] = narrow[i];
 }

@@ -18,9 +18,9 @@ struct ElementTables {
   int bits;
   int exponent_bits;  // fp only, else 0
   int mantissa_bits;
-  bool is_signed;     // an integer in two's complement
+  bool is_signed;  // an integer in two's complement
   bool is_fp;
-  bool nan_code;      // fp8_e4m3: the all-ones magnitude is NaN
+  bool nan_code;  // fp8_e4m3: the all-ones magnitude is NaN
 };
 
 enum class Scale : uint8_t { fp32, fp16, bf16, e8m0, e4m3 };
@@ -47,7 +47,7 @@ struct Output {
   int64_t row_stride;  // elements
   int64_t cols;        // valid columns
   Real type;
-  const float* bias;   // padded to 16 columns; null: none
+  const float* bias;  // padded to 16 columns; null: none
 };
 
 // For blocks [begin, end): out[m, block * 16 ..] = x . w for `rows` rows. x is [padded K][tile], tile the smallest of
