@@ -182,18 +182,18 @@ def plot(result: Result, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
-    for row in result.rows:
+    for number, row in enumerate(result.rows):
+        offset = (5, 5) if number % 2 == 0 else (5, -12)  # neighbours' names above and below
         marker, color = ("o", "tab:blue") if row.narrow else ("s", "tab:gray")
         for axes, x in ((left, row.bytes / 1e6), (right, row.tokens_per_second)):
             axes.plot(x, row.perplexity, marker=marker, color=color)
-            axes.annotate(row.name, (x, row.perplexity), textcoords="offset points", xytext=(5, 5), fontsize=8)
+            axes.annotate(row.name, (x, row.perplexity), textcoords="offset points", xytext=offset, fontsize=8)
     left.set_xlabel("MB of weights (further left is smaller)")
     right.set_xlabel("tokens/s in decoding (further right is faster)")
     left.set_ylabel("perplexity (lower is better)")
     for axes in (left, right):
-        axes.set_yscale("log")
-        axes.margins(0.12)
-        axes.grid(alpha=0.3, which="both")
+        axes.margins(0.15)
+        axes.grid(alpha=0.3)
     figure.suptitle(f"{result.source}\n{result.text}; {result.cpu}, {result.threads} threads, {result.isa}", fontsize=9)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -111,4 +111,7 @@ extern const Table kPortable;
 extern const Table kAvx2;
 extern const Table kAvx512;
 
+// The one of the instruction set in use.
+const Table& table();
+
 }  // namespace ng::codec

@@ -6,43 +6,16 @@
 
 #include "layout.hpp"
 #include "narrowgauge/error.hpp"
+#include "quantize/codec.hpp"
 
 namespace ng {
 namespace {
 
 constexpr int64_t align64(int64_t bytes) noexcept { return (bytes + 63) / 64 * 64; }
 
-// Reads `count` codes of `bits` bits from a little-endian bit stream into bytes.
-void read_codes(const uint8_t* stream, int bits, int64_t count, uint8_t* codes) noexcept {
-  const auto mask = (1u << bits) - 1u;
-  uint32_t window = 0;
-  int held = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    if (held < bits) {
-      window |= static_cast<uint32_t>(*stream++) << held;
-      held += 8;
-    }
-    codes[i] = static_cast<uint8_t>(window & mask);
-    window >>= bits;
-    held -= bits;
-  }
-}
-
-// The inverse; the bits after the last code are zero.
-void write_codes(const uint8_t* codes, int bits, int64_t count, uint8_t* stream) noexcept {
-  uint32_t window = 0;
-  int held = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    window |= static_cast<uint32_t>(codes[i]) << held;
-    held += bits;
-    if (held >= 8) {
-      *stream++ = static_cast<uint8_t>(window);
-      window >>= 8;
-      held -= 8;
-    }
-  }
-  if (held > 0) *stream = static_cast<uint8_t>(window);
-}
+// Codes of a row are spread to bytes through a window of this many columns: whole units and whole codec blocks.
+constexpr int64_t kWindow = 64 * kUnitCols;
+static_assert(kWindow % codec::kBlock == 0);
 
 uint8_t read_unit(const UnitMap& map, const uint8_t* unit, size_t index) noexcept {
   unsigned code = 0;
@@ -154,13 +127,12 @@ void pack(const CanonicalView& matrix, uint8_t* packed, Executor& executor) {
   check_packed(packed, "pack");
   const Element& element = matrix.format.element;
   const UnitMap& map = UnitMap::of(element);
+  const codec::Table& codec = codec::table();
   const size_t scale_width = scale_bytes(matrix.format.scale);
   const int64_t row_bytes = matrix.format.row_bytes(matrix.cols);
 
   executor.parallel_for(layout.blocks, 1, [&](int64_t begin, int64_t end) {
-    // Codes are spread to bytes through a small window, row by row.
-    constexpr int64_t kWindow = 64 * kUnitCols;
-    std::array<uint8_t, kWindow> codes;
+    alignas(64) std::array<uint8_t, kWindow> codes;
     for (int64_t block = begin; block < end; ++block) {
       uint8_t* units = packed + block * layout.block_bytes();
       std::memset(units, 0, static_cast<size_t>(layout.block_bytes()));
@@ -169,7 +141,7 @@ void pack(const CanonicalView& matrix, uint8_t* packed, Executor& executor) {
         const uint8_t* stream = matrix.codes + (block * kBlockRows + row) * row_bytes;
         for (int64_t col = 0; col < matrix.cols; col += kWindow) {
           const int64_t count = std::min(kWindow, matrix.cols - col);
-          read_codes(stream + col / 8 * element.bits, element.bits, count, codes.data());
+          codec.unpack(stream + col / 8 * element.bits, count, element.bits, codes.data());
           for (int64_t i = 0; i < count; ++i) {
             uint8_t* unit = units + (col + i) / kUnitCols * layout.unit_bytes;
             write_unit(map, unit, static_cast<size_t>(row * kUnitCols + (col + i) % kUnitCols),
@@ -199,12 +171,12 @@ void unpack(const PackedView& packed, const CanonicalView& out, Executor& execut
   check_packed(packed.data, "unpack");
   const Element& element = packed.format.element;
   const UnitMap& map = UnitMap::of(element);
+  const codec::Table& codec = codec::table();
   const size_t scale_width = scale_bytes(packed.format.scale);
   const int64_t row_bytes = packed.format.row_bytes(packed.cols);
 
   executor.parallel_for(layout.blocks, 1, [&](int64_t begin, int64_t end) {
-    constexpr int64_t kWindow = 64 * kUnitCols;
-    std::array<uint8_t, kWindow> codes;
+    alignas(64) std::array<uint8_t, kWindow> codes;
     for (int64_t block = begin; block < end; ++block) {
       const uint8_t* units = packed.data + block * layout.block_bytes();
       const int64_t row_count = std::min<int64_t>(kBlockRows, out.rows - block * kBlockRows);
@@ -217,7 +189,8 @@ void unpack(const PackedView& packed, const CanonicalView& out, Executor& execut
             codes[static_cast<size_t>(i)] =
                 read_unit(map, unit, static_cast<size_t>(row * kUnitCols + (col + i) % kUnitCols));
           }
-          write_codes(codes.data(), element.bits, count, stream + col / 8 * element.bits);
+          std::fill(codes.begin() + count, codes.end(), uint8_t{0});
+          codec.pack(codes.data(), count, element.bits, stream + col / 8 * element.bits);
         }
       }
       unpack_groups(packed.data + layout.scales, static_cast<uint8_t*>(out.scales), layout, out.rows, scale_width,

@@ -32,17 +32,6 @@ constexpr int64_t kGrain = 65536;
 constexpr std::array<int, 20> kMultiples{64, 80, 76, 72, 70, 68, 66, 62, 60, 58,
                                          56, 54, 52, 50, 48, 46, 44, 40, 36, 32};
 
-const codec::Table& table() {
-#if defined(__x86_64__)
-  switch (isa()) {
-    case Isa::avx512: return codec::kAvx512;
-    case Isa::avx2: return codec::kAvx2;
-    case Isa::portable: break;
-  }
-#endif
-  return codec::kPortable;
-}
-
 // --- checks ---------------------------------------------------------------------------------------------------
 
 void check_format(const Format& format) {
@@ -518,7 +507,7 @@ class Quantizer {
 
   static constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
 
-  const codec::Table& table_ = table();
+  const codec::Table& table_ = codec::table();
   MatrixView weights_;
   Source type_;
   CanonicalView out_;
@@ -564,6 +553,17 @@ Buffer section_storage(const CanonicalBytes& bytes) {
 
 }  // namespace
 
+const codec::Table& codec::table() {
+#if defined(__x86_64__)
+  switch (isa()) {
+    case Isa::avx512: return kAvx512;
+    case Isa::avx2: return kAvx2;
+    case Isa::portable: break;
+  }
+#endif
+  return kPortable;
+}
+
 // --- public ---------------------------------------------------------------------------------------------------
 
 CanonicalBytes canonical_bytes(const Format& format, int64_t rows, int64_t cols) {
@@ -601,7 +601,7 @@ void dequantize(const CanonicalView& matrix, const TensorView& out, Executor& ex
   if (dense.rows == 0 || dense.cols == 0) return;
 
   const Format& format = matrix.format;
-  const codec::Table& kernels = table();
+  const codec::Table& kernels = codec::table();
   const codec::Element element = codec_element(format.element, false);
   const bool has_zeros = format.element.has_zero_point();
   const int64_t row_bytes = format.row_bytes(matrix.cols), groups = format.groups(matrix.cols);

@@ -125,18 +125,28 @@ inline void widen(__m512i low, __m512i high, V16* out) {
   out[3] = _mm512_castsi512_ps(_mm512_and_si512(second, upper));
 }
 
+// The bytes of 128 values as bf16.
+struct ByteTables {
+  __m512i low, high, low_upper, high_upper;
+
+  explicit ByteTables(const ElementTables& tables)
+      : low(load_512(tables.low)),
+        high(load_512(tables.high)),
+        low_upper(load_512(tables.low + 64)),
+        high_upper(load_512(tables.high + 64)) {}
+  // By the low seven bits of each code; the other look-ups, by six, read the first half alone.
+  __m512i low_of(__m512i codes) const { return _mm512_permutex2var_epi8(low, codes, low_upper); }
+  __m512i high_of(__m512i codes) const { return _mm512_permutex2var_epi8(high, codes, high_upper); }
+};
+
 // 5 to 7 bits: codes of 64 bytes by shifts and selects, then two byte look-ups (low and high byte of the value as
 // bf16, which holds every such element exactly). Bits above the code's are ignored by the look-ups.
 template <int kBits>
 struct PairDecoder {
   static constexpr bool kUnsigned = true;
-  __m512i low, high, low_upper, high_upper;
+  ByteTables table;
 
-  explicit PairDecoder(const ElementTables& tables)
-      : low(load_512(tables.low)),
-        high(load_512(tables.high)),
-        low_upper(load_512(tables.low + 64)),
-        high_upper(load_512(tables.high + 64)) {}
+  explicit PairDecoder(const ElementTables& tables) : table(tables) {}
 
   template <int Q>
   void decode(const uint8_t* unit, V16* out) const {
@@ -152,9 +162,9 @@ struct PairDecoder {
       codes = select(_mm512_set1_epi8((1 << kTop) - 1), codes, shift_words<kTop - Q>(plane));
     }
     if constexpr (kBits == 7) {
-      widen(_mm512_permutex2var_epi8(low, codes, low_upper), _mm512_permutex2var_epi8(high, codes, high_upper), out);
+      widen(table.low_of(codes), table.high_of(codes), out);
     } else {
-      widen(_mm512_permutexvar_epi8(codes, low), _mm512_permutexvar_epi8(codes, high), out);
+      widen(_mm512_permutexvar_epi8(codes, table.low), _mm512_permutexvar_epi8(codes, table.high), out);
     }
   }
 };
@@ -162,21 +172,16 @@ struct PairDecoder {
 // fp8: the magnitude is looked up, the sign is the code's own top bit.
 struct Fp8Decoder {
   static constexpr bool kUnsigned = false;
-  __m512i low, high, low_upper, high_upper;
+  ByteTables table;
 
-  explicit Fp8Decoder(const ElementTables& tables)
-      : low(load_512(tables.low)),
-        high(load_512(tables.high)),
-        low_upper(load_512(tables.low + 64)),
-        high_upper(load_512(tables.high + 64)) {}
+  explicit Fp8Decoder(const ElementTables& tables) : table(tables) {}
 
   template <int Q>
   void decode(const uint8_t* unit, V16* out) const {
     const __m512i codes = load_512(unit + Q * 64);
-    const __m512i magnitude = _mm512_permutex2var_epi8(high, codes, high_upper);
+    const __m512i magnitude = table.high_of(codes);
     const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
-    widen(_mm512_permutex2var_epi8(low, codes, low_upper), _mm512_ternarylogic_epi32(magnitude, codes, sign, 0xf8),
-          out);
+    widen(table.low_of(codes), _mm512_ternarylogic_epi32(magnitude, codes, sign, 0xf8), out);
   }
 };
 
