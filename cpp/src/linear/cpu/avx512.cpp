@@ -1,8 +1,6 @@
 // AVX-512 (F, BW, DQ, VL, VBMI): decoders by permute look-up.
 #include "kernels.hpp"
 
-// GCC 12's header initialises its undefined vectors with themselves (GCC bug 105593).
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 
 namespace ng::cpu {

@@ -1,10 +1,5 @@
 // The codec in AVX-512's vectors of sixteen floats; codes are packed by multiply-adds and byte permutes.
-// GCC 12 warns of its own undefined vectors where these headers are inlined.
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
-#pragma GCC diagnostic pop
 
 #include "quantize/codec.hpp"
 
