@@ -1,7 +1,7 @@
 // linear and its gradient: checks, blocking and threads around the kernels of an instruction set.
 //
-// Few rows of x: each thread streams its blocks of the weights once per tile of rows (direct). Many rows: a panel of
-// weights is decoded into the cache once per kRowsPerPass rows and multiplied by all of them.
+// Few rows of x: each thread streams its blocks of the weights through one or two tiles of rows (direct). Many rows: a
+// panel of weights is decoded into the cache once per kRowsPerPass rows and multiplied by all of them.
 #include "narrowgauge/linear.hpp"
 
 #include <algorithm>
@@ -256,14 +256,24 @@ void linear(const TensorView& x_tensor, const PackedView& packed, const TensorVi
   const cpu::DecodedKernels decoded = k.decoded(*w.tables, w.zeros != nullptr);
   const int64_t padded_cols = layout.units * 16;
 
-  if (x.rows <= k.direct_rows) {
-    const int64_t tile = direct_tile(x.rows);
-    float* x_tile = scratch(0, static_cast<size_t>(padded_cols * tile));
-    load_tiles(k, x, x_type, 0, x.rows, tile, padded_cols, x_tile, executor);
-    const cpu::Output out = output_rows(y, y_type, bias, 0);
-    const int rows = static_cast<int>(x.rows);
-    executor.parallel_for(layout.blocks, task_grain(layout.units, x.rows),
-                          [&](int64_t begin, int64_t end) { decoded.direct(w, x_tile, rows, out, begin, end); });
+  if (x.rows <= 2 * k.direct_rows) {
+    // Two tiles at the most: the second finds a task's weights in the cache, which still beats a panel.
+    const int64_t first_rows = std::min<int64_t>(x.rows, k.direct_rows);
+    const int64_t second_rows = x.rows - first_rows;
+    const int64_t first_tile = direct_tile(first_rows);
+    const int64_t second_tile = direct_tile(second_rows);
+    float* first_x = scratch(0, static_cast<size_t>(padded_cols * (first_tile + second_tile)));
+    float* second_x = first_x + padded_cols * first_tile;
+    load_tiles(k, x, x_type, 0, first_rows, first_tile, padded_cols, first_x, executor);
+    if (second_rows > 0) {
+      load_tiles(k, x, x_type, first_rows, second_rows, second_tile, padded_cols, second_x, executor);
+    }
+    const cpu::Output first_out = output_rows(y, y_type, bias, 0);
+    const cpu::Output second_out = output_rows(y, y_type, bias, first_rows);
+    executor.parallel_for(layout.blocks, task_grain(layout.units, x.rows), [&](int64_t begin, int64_t end) {
+      decoded.direct(w, first_x, static_cast<int>(first_rows), first_out, begin, end);
+      if (second_rows > 0) decoded.direct(w, second_x, static_cast<int>(second_rows), second_out, begin, end);
+    });
     return;
   }
   for (int64_t first = 0; first < x.rows; first += kRowsPerPass) {

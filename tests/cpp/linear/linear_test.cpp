@@ -127,8 +127,8 @@ TEST_P(LinearTest, MeetsTheBoundForEveryTile) {
     Matrix w = test::random_matrix(format, n, k, random);
     std::vector<float> bias(static_cast<size_t>(n));
     for (float& b : bias) b = std::uniform_real_distribution<float>(-1, 1)(random);
-    for (const int64_t m : {1, 2, 3, 4, 5, 8, 9, 13, 25, 100}) {
-      if (m > 13 && n != 19) continue;  // more than one pass over the rows
+    for (const int64_t m : {1, 2, 3, 4, 5, 8, 9, 16, 17, 100}) {
+      if (m > 17 && n != 19) continue;  // more than one pass over the rows
       for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
         Activations x = random_activations(dtype, m, k, random);
         const Activations y = run(w, x, m % 2 == 0 ? bias : std::vector<float>{}, dtype);
@@ -231,7 +231,7 @@ TEST_P(LinearIsaTest, BoundHoldsForSystematicRounding) {
           w.set_scale(row, col, 1.0f / 3.0f);
         }
       }
-      for (const int64_t m : {1, 2, 4, 8, 16}) {
+      for (const int64_t m : {1, 2, 4, 8, 24}) {
         for (const float value : {1.0f / 3.0f, 0.7f, 1.0000001f}) {
           Activations x(DType::f32, m, k);
           for (int64_t i = 0; i < m; ++i) {
@@ -253,7 +253,7 @@ TEST_P(LinearIsaTest, BoundHoldsForExtremeScalesAndSubnormals) {
     for (const float scale : {1e-40f, 1e-30f, 1e25f}) {
       for (const float size : {1e-38f, 1e-20f, 1.0f}) {
         Matrix w = test::random_matrix(Format::parse(name), 18, 70, random, scale);
-        for (const int64_t m : {1, 9}) {
+        for (const int64_t m : {1, 17}) {
           Activations x = random_activations(DType::f32, m, 70, random, size);
           const Activations y = run(w, x, {}, DType::f32);
           EXPECT_LE(worst_ratio(w, x, y, {}), 1.0) << name << " scale " << scale << " x " << size << " M=" << m;
@@ -268,7 +268,7 @@ TEST_P(LinearIsaTest, PlantedFaultsBreakTheBound) {
   const IsaGuard guard(GetParam());
   std::mt19937 random(13);
   const Format format = Format::parse("fp6_e2m3:g64:fp16");
-  for (const int64_t m : {1, 5, 9}) {
+  for (const int64_t m : {1, 5, 9, 17}) {
     const int64_t n = 33;
     const int64_t k = 203;
     Matrix w = test::random_matrix(format, n, k, random);
@@ -305,7 +305,7 @@ TEST_P(LinearIsaTest, PlantedFaultsBreakTheBound) {
 TEST_P(LinearIsaTest, NanCodesAndScalesArrive) {
   const IsaGuard guard(GetParam());
   std::mt19937 random(17);
-  for (const int64_t m : {1, 12}) {
+  for (const int64_t m : {1, 20}) {
     for (const int code : {0x7f, 0xff}) {
       Matrix w = test::random_matrix(Format::parse("fp8_e4m3:g32:e8m0"), 20, 64, random);
       w.set_code(5, 33, code);
@@ -330,7 +330,7 @@ TEST_P(LinearIsaTest, StridedRowsAndOtherOutputTypes) {
   std::mt19937 random(19);
   Matrix w = test::random_matrix(Format::parse("fp6_e2m3:g32:fp16"), 20, 40, random);
   const Buffer packed = packed_copy(w);
-  for (const int64_t m : {3, 11}) {
+  for (const int64_t m : {3, 11, 18}) {
     Activations wide = random_activations(DType::bf16, m, 64, random);
     TensorView x = wide.view();
     x.shape[1] = 40;  // rows of 40 in a matrix of 64
@@ -364,7 +364,7 @@ TEST(Linear, EmptyShapes) {
     Activations x(DType::f32, 3, 8);
     EXPECT_NO_THROW(run(w, x, {}, DType::f32));
   }
-  for (const int64_t m : {2, 10}) {
+  for (const int64_t m : {2, 10, 20}) {
     Matrix w(format, 3, 0);
     Activations x(DType::f32, m, 0);
     const Activations with_bias = run(w, x, {1.0f, 2.0f, 3.0f}, DType::f32);
