@@ -48,7 +48,6 @@ std::unique_ptr<cpu::ElementTables> make_tables(const Element& element) {
   }
   tables->bits = element.bits;
   tables->exponent_bits = element.exponent_bits;
-  tables->mantissa_bits = element.mantissa_bits;
   tables->is_fp = element.kind == ElementKind::fp;
   tables->is_signed = element.kind == ElementKind::signed_int;
   tables->nan_code = std::isnan(values[0x7f]) && element.exponent_bits == 4;
