@@ -17,7 +17,7 @@ struct ElementTables {
   alignas(64) uint8_t low[128];
   int bits;
   int exponent_bits;  // fp only, else 0
-  bool is_signed;  // an integer in two's complement
+  bool is_signed;     // an integer in two's complement
   bool is_fp;
   bool nan_code;  // fp8_e4m3: the all-ones magnitude is NaN
 };
