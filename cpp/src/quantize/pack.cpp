@@ -109,6 +109,11 @@ PackedLayout::PackedLayout(const Format& format, int64_t rows, int64_t cols) {
   groups = format.groups(cols);
   units_per_group = format.group == 0 ? units : format.group / kUnitCols;
   unit_bytes = kUnitCodes * format.element.bits / 8;
+  // Padding can make a thin matrix up to 256 times larger than what canonical_bytes() checked.
+  const double codes = static_cast<double>(blocks) * static_cast<double>(units) * static_cast<double>(unit_bytes);
+  const double group_bytes = static_cast<double>(blocks) * static_cast<double>(groups) * kBlockRows * sizeof(float);
+  NG_CHECK(codes < 0x1p60 && group_bytes < 0x1p60, InvalidArgument, "a packed matrix of ", rows, " x ", cols,
+           " elements in ", format.str(), " has more bytes than can be counted");
   const int64_t per_group = blocks * groups * kBlockRows;
   scales = align64(blocks * units * unit_bytes);
   zeros = scales + align64(per_group * static_cast<int64_t>(scale_bytes(format.scale)));

@@ -214,6 +214,13 @@ INSTANTIATE_TEST_SUITE_P(All, LinearTest,
                            return std::string(isa_name(std::get<0>(suite.param))) + "_" + std::get<1>(suite.param);
                          });
 
+TEST(Pack, RefusesSizesThatOverflowWithPadding) {
+  // Each is small enough as a canonical matrix; padded to 16 rows or columns it is not.
+  EXPECT_NO_THROW(canonical_bytes(Format::parse("int8"), 1, int64_t{1} << 59));
+  EXPECT_THROW(packed_bytes(Format::parse("int8"), 1, int64_t{1} << 59), InvalidArgument);
+  EXPECT_THROW(packed_bytes(Format::parse("int2:row:fp16"), int64_t{1} << 58, 1), InvalidArgument);
+}
+
 class LinearIsaTest : public testing::TestWithParam<Isa> {};
 INSTANTIATE_TEST_SUITE_P(All, LinearIsaTest, testing::ValuesIn(test::supported_isas()),
                          [](const auto& suite) { return std::string(isa_name(suite.param)); });
