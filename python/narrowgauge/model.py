@@ -120,8 +120,8 @@ def _mib(size: int) -> str:
     return f"{size / 2**20:.2f}"
 
 
-def _matches(pattern: str, name: str) -> bool:
-    # As a full name, or as its last parts: "lm_head" is also "model.lm_head".
+def matches(pattern: str, name: str) -> bool:
+    """Whether an fnmatch pattern matches a module's name, or its last parts: "lm_head" is also "model.lm_head"."""
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
 
 
@@ -162,17 +162,17 @@ def quantize_model(
     skips = list(skip) if skip is not None else []
     for what, entries in (("pattern", patterns), ("skip entry", skips)):
         for entry in entries:
-            if not any(_matches(entry, name) for name in linears):
+            if not any(matches(entry, name) for name in linears):
                 raise ValueError(f"{what} '{entry}' matches no Linear layer; there are {', '.join(_some(linears))}")
 
     # Which weight becomes what: {id of the weight: (format, names of its linear layers)}.
     plan: dict[int, tuple[Format, list[str]]] = {}
     for name, module in linears.items():
-        pattern = next((pattern for pattern in patterns if _matches(pattern, name)), None)
-        if pattern is None or any(_matches(entry, name) for entry in skips):
+        pattern = next((pattern for pattern in patterns if matches(pattern, name)), None)
+        if pattern is None or any(matches(entry, name) for entry in skips):
             continue
         named = pattern != "*"
-        if not named and ((skip is None and _matches("lm_head", name)) or id(module.weight) in embeddings):
+        if not named and ((skip is None and matches("lm_head", name)) or id(module.weight) in embeddings):
             continue
         for other in embeddings.get(id(module.weight), ()):
             embedding = modules[other]

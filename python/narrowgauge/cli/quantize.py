@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 import shutil
 from collections import defaultdict
@@ -195,13 +194,11 @@ def quantize_file(
 
 def chosen(layer: str, formats: Iterable[str], skip: Iterable[str] | None) -> str | None:
     """The first pattern that matches the layer's name or its last parts, as quantize_model() has it; None to skip."""
+    from narrowgauge.model import matches  # needs torch
 
-    def matches(pattern: str) -> bool:
-        return fnmatch.fnmatchcase(layer, pattern) or fnmatch.fnmatchcase(layer, f"*.{pattern}")
-
-    pattern = next(filter(matches, formats))
+    pattern = next(each for each in formats if matches(each, layer))
     default = () if pattern != "*" else _SKIPPED
-    return None if any(map(matches, default if skip is None else skip)) else pattern
+    return None if any(matches(each, layer) for each in (default if skip is None else skip)) else pattern
 
 
 def sqnr(weight: Any, q: ng.QTensor) -> float:
