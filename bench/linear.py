@@ -74,7 +74,7 @@ def torch_cases(w: torch.Tensor, gigabytes: float) -> dict[str, Case]:
         pairs = torch.stack([step.T, torch.zeros_like(step.T)], -1).to(torch.bfloat16).contiguous()
         int4 = [(packed.clone(), group, pairs) for _ in range(copies(n * k // 2, gigabytes))]
         cases["torch int4pack g128"] = Case(
-            int4, lambda x, q: torch.ops.aten._weight_int4pack_mm_for_cpu(x, *q), n * k // 2 + 4 * pairs.numel() // 2
+            int4, lambda x, q: torch.ops.aten._weight_int4pack_mm_for_cpu(x, *q), n * k // 2 + 2 * pairs.numel()
         )
     return cases
 

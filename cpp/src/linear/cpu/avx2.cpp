@@ -6,12 +6,13 @@
 namespace ng::cpu {
 namespace {
 
+#include "x86.inl"
+
 struct V16 {
   __m256 lo, hi;
 };
 
 inline __m256i load_256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-inline __m128i load_128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 
 inline V16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 inline void store(float* p, V16 v) {
@@ -58,14 +59,8 @@ inline __m256 half_e8m0(const uint8_t* p) {
       _mm256_or_si256(_mm256_slli_epi32(codes, 23), _mm256_and_si256(ends, _mm256_set1_epi32(0x400000))));
 }
 inline V16 load_e8m0(const uint8_t* p) { return {half_e8m0(p), half_e8m0(p + 8)}; }
-// As a half, whose exponents are biased by 15 instead of 7: 2^-8 of the value.
 inline V16 load_e4m3(const uint8_t* p) {
-  const __m256i codes = _mm256_cvtepu8_epi16(load_128(p));
-  const __m256i magnitude = _mm256_and_si256(codes, _mm256_set1_epi16(0x7f));
-  const __m256i sign = _mm256_slli_epi16(_mm256_xor_si256(codes, magnitude), 8);
-  const __m256i nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f));
-  const __m256i half = _mm256_or_si256(_mm256_or_si256(_mm256_slli_epi16(magnitude, 7), sign),
-                                       _mm256_and_si256(nan, _mm256_set1_epi16(0x7fff)));
+  const __m256i half = halves_of_e4m3(p);
   const V16 value = {_mm256_cvtph_ps(_mm256_castsi256_si128(half)), _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1))};
   return mul(value, set1(0x1p8f));
 }

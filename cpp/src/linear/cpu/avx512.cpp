@@ -6,6 +6,8 @@
 namespace ng::cpu {
 namespace {
 
+#include "x86.inl"
+
 using V16 = __m512;
 
 inline V16 load(const float* p) { return _mm512_loadu_ps(p); }
@@ -35,7 +37,6 @@ inline void store_bf16(uint16_t* p, V16 v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
 }
 
-inline __m128i load_128(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
 inline V16 load_u8(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load_128(p))); }
 // The exponent field of a float; code 0 is 2^-127, a subnormal, and 255 NaN: both have this one mantissa bit.
 inline V16 load_e8m0(const uint8_t* p) {
@@ -44,15 +45,8 @@ inline V16 load_e8m0(const uint8_t* p) {
   const __m512i bits = _mm512_slli_epi32(_mm512_cvtepu8_epi32(codes), 23);
   return _mm512_castsi512_ps(_mm512_mask_or_epi32(bits, ends, bits, _mm512_set1_epi32(0x400000)));
 }
-// As a half, whose exponents are biased by 15 instead of 7: 2^-8 of the value.
 inline V16 load_e4m3(const uint8_t* p) {
-  const __m256i codes = _mm256_cvtepu8_epi16(load_128(p));
-  const __m256i magnitude = _mm256_and_si256(codes, _mm256_set1_epi16(0x7f));
-  const __m256i sign = _mm256_slli_epi16(_mm256_xor_si256(codes, magnitude), 8);
-  const __m256i nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f));
-  const __m256i half = _mm256_or_si256(_mm256_or_si256(_mm256_slli_epi16(magnitude, 7), sign),
-                                       _mm256_and_si256(nan, _mm256_set1_epi16(0x7fff)));
-  return _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(0x1p8f));
+  return _mm512_mul_ps(_mm512_cvtph_ps(halves_of_e4m3(p)), _mm512_set1_ps(0x1p8f));
 }
 
 constexpr int kDirectRows = 8;
