@@ -29,6 +29,20 @@ class Buffer {
   size_t size_ = 0;
 };
 
+// Where blocks of memory come from: HostPool, and adaptors (limit, statistics) around any other Pool. Thread-safe.
+class Pool {
+ public:
+  virtual ~Pool() = default;
+  // At least `bytes` bytes, aligned to kPoolAlignment; contents undefined; never null. Throws OutOfMemory with the
+  // request and the pool's statistics.
+  virtual void* allocate(size_t bytes) = 0;
+  // pre: `block` came from allocate(bytes) of this pool and is not used any more. From any thread.
+  virtual void deallocate(void* block, size_t bytes) noexcept = 0;
+};
+
+// A page: what direct I/O and mappings need.
+inline constexpr size_t kPoolAlignment = 4096;
+
 // Asks for 2 MiB pages for the whole pages inside [data, data + bytes), before their first use. Advisory: a
 // kernel without them ignores it.
 void advise_huge_pages(void* data, size_t bytes) noexcept;
