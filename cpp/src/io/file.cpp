@@ -21,15 +21,6 @@ namespace {
 // Linux transfers at most 0x7ffff000 bytes per call; a round number below keeps the offsets aligned.
 constexpr size_t kMaxTransfer = size_t{1} << 30;
 
-// Calls f until it is not interrupted by a signal.
-template <typename F>
-auto retry(const F& f) {
-  while (true) {
-    const auto result = f();
-    if (result >= 0 || errno != EINTR) return result;
-  }
-}
-
 std::string random_name() {
   uint64_t number = 0;
   if (retry([&] { return getrandom(&number, sizeof number, 0); }) != sizeof number) {

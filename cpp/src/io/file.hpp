@@ -3,6 +3,7 @@
 // Errors of the operating system are SystemError with the path and errno. Not buffered, not direct I/O.
 #pragma once
 
+#include <cerrno>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -13,6 +14,15 @@ namespace ng {
 
 // Throws SystemError: "cannot <action> <path>: <what errno means>".
 [[noreturn]] void throw_system_error(int errno_value, const char* action, const std::string& path);
+
+// Calls f until it is not interrupted by a signal.
+template <typename F>
+auto retry(const F& f) {
+  while (true) {
+    const auto result = f();
+    if (result >= 0 || errno != EINTR) return result;
+  }
+}
 
 // Owns a descriptor; -1 is none. Move-only.
 class FileDescriptor {
