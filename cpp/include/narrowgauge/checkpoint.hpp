@@ -69,21 +69,21 @@ struct CheckpointOptions {
   // index; it is called on the background thread, the same number of times by each, and throws if one does not answer.
   int writer = 0;
   int writers = 1;
-  std::function<std::vector<std::string>(const std::string& message)> exchange;
+  std::function<std::vector<std::string>(const std::string& message)> exchange = {};
 
   // Called on the background thread, at most once for some MiB. Must not throw.
-  std::function<void(uint64_t done, uint64_t total)> progress;
+  std::function<void(uint64_t done, uint64_t total)> progress = {};
 
   // Where it writes; null: the operating system's.
-  std::shared_ptr<FileSystem> file_system;
+  std::shared_ptr<FileSystem> file_system = {};
 };
 
 struct SaveOptions {
   bool overwrite = false;  // replace the step if it exists: the new one is committed before the old one goes
-  std::string state;       // kept in the manifest as it is: UTF-8, meant to be JSON. Writer 0's counts.
+  std::string state = {};  // kept in the manifest as it is: UTF-8, meant to be JSON. Writer 0's counts.
   // Called on the background thread once no borrowed memory is read any more; a text is the reason not to commit, such
   // as a tensor that has changed meanwhile.
-  std::function<std::string()> check;
+  std::function<std::string()> check = {};
 };
 
 // Saves into one directory, which it locks: a second one on it, in any process, is a CheckpointError. Leftovers of
