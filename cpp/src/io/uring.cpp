@@ -1,7 +1,7 @@
 // The io_uring engine: one ring for each file, with the file and the memory that is often used registered.
 //
 // The ring has no flags. IORING_SETUP_SINGLE_ISSUER and DEFER_TASKRUN would bind a file to the thread that first used
-// it, and with COOP_TASKRUN a thread could wait for ever for what another, busy one started; for requests of megabytes
+// it, and COOP_TASKRUN lets a thread wait a timer tick for what another, busy one started; for requests of megabytes
 // none of them saves anything (0.012 CPU-s/GB with or without). What the kernel will not take at the moment (memory is
 // short, a sandbox was closed meanwhile) is transferred by hand, so that every transfer comes to an end.
 //

@@ -85,27 +85,6 @@ class DirectFileTest : public testing::TestWithParam<Setting> {
   std::optional<TemporaryDirectory> directory_;
 };
 
-// The errno of the SystemError that f throws, or 0.
-template <typename F>
-int errno_of(const F& f) {
-  try {
-    f();
-  } catch (const SystemError& error) {
-    return error.errno_value();
-  }
-  return 0;
-}
-
-template <typename F>
-std::string message_of(const F& f) {
-  try {
-    f();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "";
-}
-
 std::set<uint64_t> wait_for_all(DirectFile& file) {
   std::set<uint64_t> tags;
   while (file.in_flight() > 0) tags.insert(file.wait());
