@@ -80,6 +80,14 @@ class Drain {
 
 }  // namespace
 
+void Staging::reserve(const std::shared_ptr<HostPool>& pool, uint64_t bytes) {
+  if (bytes <= static_cast<uint64_t>(block_->bytes()) && block_->data != nullptr) return;
+  block_ = Tensor();  // first, so that the two are never there together
+  pool->trim();
+  const int64_t shape[] = {static_cast<int64_t>(round_up(bytes, uint64_t{2} << 20))};
+  block_ = Tensor::empty(pool, shape, DType::u8);
+}
+
 Shard::Shard(std::vector<CheckpointPart> parts, int64_t step, ShardMemory& memory)
     : parts_(std::move(parts)), step_(step), memory_(memory) {
   std::vector<std::pair<FileTensor, const CheckpointPart*>> tensors;
@@ -131,10 +139,7 @@ void Shard::snapshot() {
     size += segment.bytes;
     end_in_file = segment.offset + segment.bytes;
   }
-  if (memory_.image.size() < size) {
-    memory_.image = Buffer();  // first, so that the two are never there together
-    memory_.image = Buffer(round_up(std::max(size, uint64_t{8} << 20), uint64_t{2} << 20));
-  }
+  memory_.image.reserve(memory_.pool, size);
   std::vector<Piece> pieces;
   size_t next = 0;
   for (Segment& segment : segments_) {
@@ -213,7 +218,7 @@ void Shard::write(FileSystem& files, const std::string& directory, const std::st
   file->preallocate(round_up(file_bytes_, block));
 
   std::vector<uint64_t> idle;  // staging buffers, by their tag
-  if (memory_.ring.size() != 0) file->register_memory({memory_.ring.data(), memory_.ring.size()});
+  bool ring_is_ready = false;
   for (int i = 0; i < depth; ++i) idle.push_back(static_cast<uint64_t>(i));
   const auto wait = [&] {
     const uint64_t tag = file->wait();
@@ -238,9 +243,10 @@ void Shard::write(FileSystem& files, const std::string& directory, const std::st
       }
       file->write({data, length}, end - length, kInPlace);
     } else {
-      if (memory_.ring.size() == 0) {
-        memory_.ring = Buffer(kQueueDepth * kTransfer);
-        file->register_memory({memory_.ring.data(), memory_.ring.size()});
+      if (!ring_is_ready) {
+        memory_.ring.reserve(memory_.pool, kQueueDepth * kTransfer);
+        file->register_memory(memory_.ring.bytes());
+        ring_is_ready = true;
       }
       while (idle.empty()) wait();
       const uint64_t tag = idle.back();
