@@ -42,5 +42,6 @@ NB_MODULE(_native, module) {
   bind_quantize(module);
   bind_linear(module);
   bind_device(module);
+  bind_memory(module);
   bind_io(module);
 }
