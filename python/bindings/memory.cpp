@@ -214,7 +214,7 @@ class PySink final : public PageSink {
     const nb::ndarray<nb::memview, Byte, nb::ndim<1>> array(const_cast<std::byte*>(data), {bytes}, nb::handle());
     const nb::object view = nb::cast(array, nb::rv_policy::reference);
     object_.attr(method)(key, view);
-    view.attr("release")();  // BufferError if the sink has kept an array of it
+    view.attr("release")();  // so that a view that the sink keeps says why it cannot be used
   }
 
   nb::object object_;
