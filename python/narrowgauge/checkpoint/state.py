@@ -109,11 +109,11 @@ class _Encoder:
             QTensor: self.matrix,
             PerRank: self.per_rank,
         }
-        if "numpy" in sys.modules:
+        if sys.modules.get("numpy") is not None:
             self.numpy = library("numpy")
             self.held[self.numpy] = []
             self.handlers[self.numpy.numpy.ndarray] = self.numpy_array
-        if "torch" in sys.modules:
+        if sys.modules.get("torch") is not None:
             self.torch = library("torch")
             self.held[self.torch] = []
             self.strided, self.parameter = self.torch.torch.strided, self.torch.torch.nn.Parameter
@@ -147,6 +147,7 @@ class _Encoder:
 
     def ordered(self, value: OrderedDict[Any, Any], name: str, place: Place, depth: int) -> Node:
         metadata: Node = None
+        check_depth(place, depth + 1)
         for attribute, item in vars(value).items():
             if attribute != "_metadata":  # torch's: the versions of the modules of a state_dict
                 raise TypeError(
@@ -186,9 +187,10 @@ class _Encoder:
         name = name or "state"
         if len(name) > _NAME_LENGTH or not name.isascii():
             name = name[:_NAME_LENGTH].encode("utf-8", "backslashreplace").decode()
-        reserved = "@" in name if self.prefix else _RESERVED.search(name)
+        if _RESERVED.search(name) if not self.prefix else "@" in name:
+            name += "~"
         name = self.prefix + name
-        count = self.names.get(name, 1 if reserved else 0) + 1
+        count = self.names.get(name, 0) + 1
         unique = name
         while count > 1 and (unique := f"{name}~{count}") in self.names:
             count += 1
@@ -400,8 +402,10 @@ class _Encoder:
                 continue
             offset = source.start(held.array) - begin
             if offset % held.form.itemsize and source.name == "torch":
+                others = next(each.place for each in group if each is not held)
                 raise ValueError(
-                    f"{show(held.place)} shares memory with {show(first.place)} at an odd offset, {offset}"
+                    f"{show(held.place)}, of {held.form.name}, begins {offset} bytes into the memory that it shares "
+                    f"with {show(others)}: no storage of torch could hold both"
                 )
             for node in held.nodes:
                 node[-1] = ["view", base.name, offset, *source.strides(held.array)]
