@@ -9,10 +9,10 @@ from typing import Any, NoReturn
 
 from narrowgauge._arrays import Array, is_torch
 from narrowgauge.checkpoint import tensors, values
-from narrowgauge.checkpoint.decode import LEFT_OUT, MAPPINGS, SEQUENCES, TORCH_TAGS, Reader, Request, Source, TensorNode
+from narrowgauge.checkpoint.decode import LEFT_OUT, MAPPINGS, SEQUENCES, Reader, Request, Source, TensorNode
 from narrowgauge.checkpoint.shards import Box, dtensor_type, part_of
 from narrowgauge.checkpoint.state import PerRank
-from narrowgauge.checkpoint.tensors import dense_strides
+from narrowgauge.checkpoint.tensors import TORCH_TAGS, dense_strides
 from narrowgauge.checkpoint.values import ROOT, Attribute, Node, Place, decode_value, show
 from narrowgauge.qtensor import QTensor
 
