@@ -1,7 +1,7 @@
 """What the savers save: tensors that are a function of a number, so that any mixture of two saves is seen.
 
-Every byte depends on the number, the number itself lies in the tensor `number`, and a state is right only if it is equal
-bit for bit to what its number gives. The sizes are small but awkward: several chunks, exactly one, odd tails, no
+Every byte depends on the number, the number itself lies in the tensor `number`, and a state is right only if it is
+equal bit for bit to what its number gives. The sizes are small but awkward: several chunks, exactly one, odd tails, no
 dimension, no element.
 """
 

@@ -1,7 +1,7 @@
 """The faults: each event happens to a contender again and again, and gives one verdict each time.
 
-An event is a context manager that prepares what its trials share (a mounted image, checkpoints to damage) and yields the
-trial, a function of a random generator. The worst that a strict contender may give is in `allowed`.
+An event is a context manager that prepares what its trials share (a mounted image, checkpoints to damage) and yields
+the trial, a function of a random generator. What a strict contender may come to is in `allowed`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Protocol
 
 import damage
 import images
@@ -157,103 +156,110 @@ def _full(contender: type[Contender], lab: Lab, *, filesystem: str, overwrite: b
 # --- damage -----------------------------------------------------------------------------------------------------------
 
 
-class Inflict(Protocol):
-    """Damages the checkpoint at `path`; None if the dice found nothing to change. `older`: another checkpoint."""
+@dataclass(frozen=True)
+class Target:
+    """A checkpoint to be damaged, and an older one."""
 
-    def __call__(
-        self, contender: type[Contender], path: Path, older: Path, spans: list[Span], rng: Random
-    ) -> Damage | None: ...
+    contender: type[Contender]
+    path: Path
+    older: Path
+    spans: list[Span]
+
+    def file(self, rng: Random) -> Path:
+        return rng.choice(files(self.path))
+
+    def metadata(self, file: Path) -> list[tuple[int, int]]:
+        """What of a file is no span."""
+        return damage.outside(
+            [(span.start, span.stop) for span in self.spans if span.path == file], file.stat().st_size
+        )
+
+    def touched(self, done: Damage) -> list[Span]:
+        """The spans in which the change lies, or [] if it is not in spans alone."""
+        if done.stop is None or any(
+            start < done.stop and done.start < stop for start, stop in self.metadata(done.path)
+        ):
+            return []
+        return [s for s in self.spans if s.path == done.path and s.start < done.stop and done.start < s.stop]
 
 
-def _bits_in_data(contender: type[Contender], path: Path, older: Path, spans: list[Span], rng: Random) -> Damage | None:
-    span = rng.choice([span for span in spans if span.stop > span.start])
+# Damages a target; None if the dice found nothing to change.
+Inflict = Callable[[Target, Random], Damage | None]
+
+
+def _bits_in_data(target: Target, rng: Random) -> Damage | None:
+    span = rng.choice([span for span in target.spans if span.stop > span.start])
     return damage.flip_bits(span.path, span.start, span.stop, rng)
 
 
-def _bits_in_metadata(
-    contender: type[Contender], path: Path, older: Path, spans: list[Span], rng: Random
-) -> Damage | None:
-    file = rng.choice(files(path))
-    if contender.manifest.endswith(".json") and file.name == contender.manifest and rng.random() < 0.5:
+def _bits_in_metadata(target: Target, rng: Random) -> Damage | None:
+    file = target.file(rng)
+    if file.suffix == ".json" and rng.random() < 0.5:
         return damage.change_digit(file, rng)
-    gaps = _metadata(file, spans)
+    gaps = target.metadata(file)
     return damage.flip_bits(file, *rng.choice(gaps), rng) if gaps else None
 
 
-def _hole(contender: type[Contender], path: Path, older: Path, spans: list[Span], rng: Random) -> Damage | None:
-    return damage.zero_hole(rng.choice(files(path)), rng)
+def _hole(target: Target, rng: Random) -> Damage | None:
+    return damage.zero_hole(target.file(rng), rng)
 
 
-def _wrong_length(contender: type[Contender], path: Path, older: Path, spans: list[Span], rng: Random) -> Damage | None:
-    file = rng.choice(files(path))
-    return damage.truncate(file, rng) if rng.random() < 0.8 else damage.extend(file, rng)
+def _wrong_length(target: Target, rng: Random) -> Damage | None:
+    return (damage.truncate if rng.random() < 0.8 else damage.extend)(target.file(rng), rng)
 
 
-def _other_step(contender: type[Contender], path: Path, older: Path, spans: list[Span], rng: Random) -> Damage | None:
-    file = rng.choice([file for file in files(path) if file.name != contender.manifest])
-    return damage.replace(file, older / file.name)
+def _other_step(target: Target, rng: Random) -> Damage | None:
+    file = rng.choice([file for file in files(target.path) if file.name != target.contender.manifest])
+    return damage.replace(file, target.older / file.name)
 
 
-def _stale_manifest(
-    contender: type[Contender], path: Path, older: Path, spans: list[Span], rng: Random
-) -> Damage | None:
-    return damage.replace(path / contender.manifest, older / contender.manifest)
+def _stale_manifest(target: Target, rng: Random) -> Damage | None:
+    name = target.contender.manifest
+    return damage.replace(target.path / name, target.older / name)
 
 
-def _missing(contender: type[Contender], path: Path, older: Path, spans: list[Span], rng: Random) -> Damage | None:
-    return damage.delete(rng.choice(files(path)))
+def _missing(target: Target, rng: Random) -> Damage | None:
+    return damage.delete(target.file(rng))
 
 
-def _not_a_file(contender: type[Contender], path: Path, older: Path, spans: list[Span], rng: Random) -> Damage | None:
-    file = rng.choice(files(path))
-    kind = rng.randrange(4)
-    if kind == 0:
-        return damage.replace_by_symlink(file, older / file.name if path.is_dir() else older)
-    if kind == 1:
-        return damage.replace_by_symlink(file, file)
-    return damage.replace_by_fifo(file) if kind == 2 else damage.replace_by_directory(file)
+def _not_a_file(target: Target, rng: Random) -> Damage | None:
+    file = target.file(rng)
+    other = target.older if file == target.path else target.older / file.name
+    return rng.choice(
+        [
+            lambda: damage.replace_by_symlink(file, other),
+            lambda: damage.replace_by_symlink(file, file),
+            lambda: damage.replace_by_fifo(file),
+            lambda: damage.replace_by_directory(file),
+        ]
+    )()
 
 
 @contextmanager
 def _damaged(contender: type[Contender], lab: Lab, *, inflict: Inflict) -> Iterator[Trial]:
     directory, pristine = lab.folder / "run", lab.folder / "pristine"
     lab.worker.call(verdicts.save_steps, contender, directory, [1, 2, 3])
-    path, older = contender.path(directory, 3), contender.path(directory, 2)
-    spans = contender.spans(path)
+    path = contender.path(directory, 3)
+    target = Target(contender, path, contender.path(directory, 2), contender.spans(path))
     path.rename(pristine)
+    # A hung reader is told from a slow one by patience, of which those that are expected to hang get less.
+    patience = 60 if contender.strict else 5
 
     def trial(rng: Random) -> Verdict:
-        while True:
+        done = None
+        while done is None:
             remove(path)
             if pristine.is_dir():
                 shutil.copytree(pristine, path)
             else:
                 shutil.copyfile(pristine, path)
-            done = inflict(contender, path, older, spans, rng)
-            if done:
-                break
-        # A hung reader is told from a slow one by patience, of which those that hang by design get less.
-        patience = 60 if contender.strict else 5
-        touched, metadata = _touched(done, spans)
+            done = inflict(target, rng)
         verdict: Verdict = lab.worker.call(
-            verdicts.damaged, contender, directory, 3, done, touched, metadata, timeout=patience
+            verdicts.damaged, contender, directory, 3, done, target.touched(done), timeout=patience
         )
         return verdict
 
     yield trial
-
-
-def _metadata(file: Path, spans: list[Span]) -> list[tuple[int, int]]:
-    return damage.outside([(span.start, span.stop) for span in spans if span.path == file], file.stat().st_size)
-
-
-def _touched(done: Damage, spans: list[Span]) -> tuple[list[Span], bool]:
-    """The spans that a change in place touched, and whether it touched bytes of no span as well."""
-    if done.stop is None:
-        return [], True
-    touched = [s for s in spans if s.path == done.path and s.start < done.stop and done.start < s.stop]
-    gaps = _metadata(done.path, spans)
-    return touched, any(start < done.stop and done.start < stop for start, stop in gaps)
 
 
 def _wipe(directory: Path) -> None:
@@ -262,53 +268,62 @@ def _wipe(directory: Path) -> None:
 
 # --- all of them ------------------------------------------------------------------------------------------------------
 
-_DAMAGE_ALLOWED = frozenset({Outcome.CORRECT, Outcome.REFUSED})
-_FULL_ALLOWED = frozenset({Outcome.REFUSED})
-
 
 def _many(contender: type[Contender]) -> bool:
-    """A checkpoint of several files."""
+    """A checkpoint is several files."""
     return bool(contender.manifest)
 
 
+def _kill(when: str, overwrite: bool, share: int) -> Event:
+    return Event("kill", f"kill -9 {when}", partial(_killed, overwrite=overwrite), share)
+
+
+def _cut(when: str, filesystem: str, share: int, *, overwrite: bool = False, idle: bool = False) -> Event:
+    prepare = partial(_power_cut, filesystem=filesystem, overwrite=overwrite, idle=idle)
+    return Event("power", f"power cut {when}, {filesystem}", prepare, share, filesystem=filesystem)
+
+
+def _copy(filesystem: str, share: int) -> Event:
+    prepare = partial(_clone, filesystem=filesystem)
+    return Event("clone", f"crash clone while saving, {filesystem}", prepare, share, filesystem=filesystem)
+
+
+def _no_space(when: str, filesystem: str, overwrite: bool, share: int) -> Event:
+    prepare = partial(_full, filesystem=filesystem, overwrite=overwrite)
+    return Event("enospc", f"disk full {when}, {filesystem}", prepare, share, frozenset({Outcome.REFUSED}), filesystem)
+
+
 def _damage(name: str, inflict: Inflict, share: int, applies: Callable[[type[Contender]], bool] | None = None) -> Event:
-    prepare = partial(_damaged, inflict=inflict)
-    return Event("damage", name, prepare, share, _DAMAGE_ALLOWED, applies=applies or (lambda contender: True))
+    # Correct as well: what was damaged may be padding that nobody reads.
+    allowed = frozenset({Outcome.CORRECT, Outcome.REFUSED})
+    event = Event("damage", name, partial(_damaged, inflict=inflict), share, allowed)
+    return replace(event, applies=applies) if applies else event
 
 
 EVENTS: list[Event] = [
-    Event("kill", "kill -9 while saving", partial(_killed, overwrite=False), 150),
-    Event("kill", "kill -9 while overwriting", partial(_killed, overwrite=True), 150),
-    *(
-        Event("power", f"power cut {when}, {filesystem}", partial(_power_cut, filesystem=filesystem, **how), share,
-              filesystem=filesystem)
-        for when, how, share in (
-            ("while saving", {"overwrite": False, "idle": False}, 60),
-            ("while overwriting", {"overwrite": True, "idle": False}, 60),
-            ("after a save was reported", {"overwrite": False, "idle": True}, 30),
-        )
-        for filesystem in ("ext4", "xfs")
-    ),
-    *(
-        Event("clone", f"crash clone while saving, {filesystem}", partial(_clone, filesystem=filesystem), 50,
-              filesystem=filesystem)
-        for filesystem in ("ext4", "xfs")
-    ),
-    *(
-        Event("enospc", f"disk full while {'overwriting' if overwrite else 'saving'}, {filesystem}",
-              partial(_full, filesystem=filesystem, overwrite=overwrite), 40, _FULL_ALLOWED, filesystem)
-        for overwrite in (False, True)
-        for filesystem in ("tmpfs", "ext4")
-    ),
-    _damage("bits flipped in data", _bits_in_data, 250),
-    _damage("bits flipped in metadata", _bits_in_metadata, 250),
-    _damage("zeroed hole of 4 to 64 KiB", _hole, 150),
-    _damage("truncated or extended", _wrong_length, 150),
+    _kill("while saving", False, 150),
+    _kill("while overwriting", True, 150),
+    _cut("while saving", "ext4", 60),
+    _cut("while saving", "xfs", 60),
+    _cut("while overwriting", "ext4", 60, overwrite=True),
+    _cut("while overwriting", "xfs", 60, overwrite=True),
+    _cut("after a save was reported", "ext4", 30, idle=True),
+    _cut("after a save was reported", "xfs", 30, idle=True),
+    _copy("ext4", 50),
+    _copy("xfs", 50),
+    _no_space("while saving", "tmpfs", False, 40),
+    _no_space("while saving", "ext4", False, 40),
+    _no_space("while overwriting", "tmpfs", True, 40),
+    _no_space("while overwriting", "ext4", True, 40),
+    _damage("bits flipped in data", _bits_in_data, 400),
+    _damage("bits flipped in metadata", _bits_in_metadata, 400),
+    _damage("zeroed hole of 4 to 64 KiB", _hole, 250),
+    _damage("truncated or extended", _wrong_length, 250),
     _damage("data file of another step", _other_step, 50, _many),
     _damage("manifest of another step", _stale_manifest, 50, _many),
     _damage("a file deleted", _missing, 50, _many),
     _damage("a link, fifo or directory for a file", _not_a_file, 100),
-]  # fmt: skip
+]
 
 
 def why_not(event: Event) -> str:

@@ -1,8 +1,8 @@
-"""File systems that can lose power: ext4 and xfs on loop devices over sparse image files, and a small tmpfs. Linux, root.
+"""File systems that can lose power: ext4 and xfs on loop devices over sparse files, and a small tmpfs. Linux, root.
 
-A power cut is FS_IOC_SHUTDOWN: the file system stops at once, and what it had not yet written is gone when it is mounted
-again. A crash clone is a copy of the image of a live file system, mounted beside it. Neither shows writes that the
-device itself had acknowledged and lost: that is the fault backend's part, which enumerates legal states.
+A power cut is FS_IOC_SHUTDOWN: the file system stops at once, and what it had not yet written is gone when it is
+mounted again. A crash clone is a copy of the image of a live file system, mounted beside it. Neither shows writes that
+the device itself had acknowledged and lost: that is the fault backend's part, which enumerates legal states.
 
 Everything is a context manager that undoes itself, also after an error or Ctrl-C.
 """
@@ -79,7 +79,7 @@ class Image:
             undo.callback(_unmount, self.mount_point)
 
     def stop(self, *, log: bool) -> None:
-        """The power goes; with `log`, what the journal holds reaches the disk first, so names do and contents do not."""
+        """The power goes. With `log` the journal reaches the disk first: names are there, contents are not."""
         descriptor = os.open(self.mount_point, os.O_RDONLY)
         try:
             fcntl.ioctl(descriptor, _FS_IOC_SHUTDOWN, struct.pack("I", _LOGFLUSH if log else _NOLOGFLUSH))

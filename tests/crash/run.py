@@ -1,6 +1,6 @@
 """Is anything lost? Injects faults into saves and into what they leave, and counts what becomes of the checkpoints.
 
-    python tests/crash/run.py                           # 2000 faults; about ten minutes on two cores
+    python tests/crash/run.py                           # 2500 faults; about ten minutes on two cores
     python tests/crash/run.py --peers --table out.md    # the same events for torch.save, safetensors and DCP
     python tests/crash/run.py --only power,clone --faults 500 --seed 7
 
@@ -58,7 +58,7 @@ class Enumeration(NamedTuple):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--faults", type=int, default=2000, help="trials for narrowgauge, beside the enumerated ones")
+    parser.add_argument("--faults", type=int, default=2500, help="trials for narrowgauge, beside the enumerated ones")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=_parts, default=PARTS, metavar="PART,...", help=", ".join(PARTS))
     parser.add_argument("--trial", type=int, help="only this trial of each event: to repeat one that failed")

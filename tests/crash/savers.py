@@ -15,6 +15,8 @@ import shutil
 import struct
 import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -23,6 +25,7 @@ import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
 from contents import State
+from torch.distributed.checkpoint.api import CheckpointException
 
 KEEP = 3
 
@@ -32,7 +35,7 @@ warnings.filterwarnings("ignore", module="torch.distributed")
 
 
 class Span(NamedTuple):
-    """Bytes [start, stop) of a file hold part of a tensor: a chunk that has a checksum of its own, if there are such."""
+    """Bytes [start, stop) of a file hold part of a tensor: what has a checksum of its own, if there are such."""
 
     path: Path
     start: int
@@ -173,14 +176,16 @@ class Dcp(Contender):
 
     @staticmethod
     def write(path: Path, state: State) -> None:
-        dcp.save(state, checkpoint_id=path, no_dist=True)
+        with _exceptions():
+            dcp.save(state, checkpoint_id=path, no_dist=True)
 
     @classmethod
     def load(cls, directory: Path, step: int) -> State:
         path = cls.path(directory, step)
         tensors = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
         state = {name: torch.empty(m.size, dtype=m.properties.dtype) for name, m in tensors.items()}
-        dcp.load(state, checkpoint_id=path, no_dist=True)
+        with _exceptions():
+            dcp.load(state, checkpoint_id=path, no_dist=True)
         return state
 
     @classmethod
@@ -246,6 +251,15 @@ class Narrowgauge(Contender):
 
 
 PEERS: list[type[Contender]] = [TorchSave, TorchSaveSynced, Safetensors, SafetensorsSynced, Dcp]
+
+
+@contextmanager
+def _exceptions() -> Iterator[None]:
+    """DCP's own exception is no Exception."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise RuntimeError(str(error)) from error
 
 
 def files(path: Path) -> list[Path]:

@@ -87,11 +87,9 @@ def resumed(contender: type[Contender], directory: Path) -> Verdict:
     return _clean(contender, directory, step)
 
 
-def damaged(
-    contender: type[Contender], directory: Path, step: int, damage: Damage, touched: Sequence[Span], metadata: bool
-) -> Verdict:
-    """Loads a damaged checkpoint and the one before. `touched`: the parts of tensors that changed; `metadata`: more did."""
-    verdict = _damaged(contender, directory, step, damage, [] if metadata else touched)
+def damaged(contender: type[Contender], directory: Path, step: int, damage: Damage, touched: Sequence[Span]) -> Verdict:
+    """Loads a damaged checkpoint and the one before. `touched`: the spans that changed, if nothing else did."""
+    verdict = _damaged(contender, directory, step, damage, touched)
     try:
         wrong = difference(contender.load(directory, step - 1), step - 1)
     except Exception as error:
