@@ -65,6 +65,7 @@ inline bool safetensors(std::string_view input) {
 
   // What was read can be written, and what is written reads back the same.
   std::vector<FileTensor> tensors = header.tensors;
+  sort_for_file(tensors);
   const std::string made = make_safetensors_header(tensors, header.metadata);
   NG_FUZZ_CHECK(made.size() % 64 == 0);
   std::string packed;
