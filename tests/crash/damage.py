@@ -20,6 +20,8 @@ class Damage(NamedTuple):
     # The bytes that changed in place; the whole file where that is not what happened.
     start: int = 0
     stop: int | None = None
+    # The file is sound by itself and does not fit the others: nobody can tell which of them is the wrong one.
+    foreign: bool = False
 
     def __str__(self) -> str:
         where = "" if self.stop is None else f" at {self.start}..{self.stop - 1}"
@@ -88,7 +90,7 @@ def replace(path: Path, other: Path) -> Damage | None:
     if path.read_bytes() == other.read_bytes():
         return None
     shutil.copyfile(other, path)
-    return Damage(f"replaced by that of {other.parent.name}", path)
+    return Damage(f"replaced by that of {other.parent.name}", path, foreign=True)
 
 
 def delete(path: Path) -> Damage:

@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -53,7 +53,7 @@ class Event:
     share: int
     allowed: frozenset[Outcome] = frozenset({Outcome.CORRECT})
     filesystem: str = ""
-    applies: Callable[[type[Contender]], bool] = lambda contender: True
+    applies: Callable[[type[Contender]], bool] = lambda contender: True  # where it cannot happen, it is left out
 
 
 # --- kill, power cut, crash clone -------------------------------------------------------------------------------------
@@ -225,14 +225,10 @@ def _missing(target: Target, rng: Random) -> Damage | None:
 def _not_a_file(target: Target, rng: Random) -> Damage | None:
     file = target.file(rng)
     other = target.older if file == target.path else target.older / file.name
-    return rng.choice(
-        [
-            lambda: damage.replace_by_symlink(file, other),
-            lambda: damage.replace_by_symlink(file, file),
-            lambda: damage.replace_by_fifo(file),
-            lambda: damage.replace_by_directory(file),
-        ]
-    )()
+    kind = rng.randrange(4)
+    if kind < 2:
+        return damage.replace_by_symlink(file, file if kind == 0 else other)
+    return damage.replace_by_fifo(file) if kind == 2 else damage.replace_by_directory(file)
 
 
 @contextmanager
@@ -269,9 +265,13 @@ def _wipe(directory: Path) -> None:
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 
-def _many(contender: type[Contender]) -> bool:
-    """A checkpoint is several files."""
-    return bool(contender.manifest)
+def _any(contender: type[Contender]) -> bool:
+    return contender.own_files
+
+
+def _several(contender: type[Contender]) -> bool:
+    """A checkpoint is several files, of which one describes the others."""
+    return contender.own_files and bool(contender.manifest)
 
 
 def _kill(when: str, overwrite: bool, share: int) -> Event:
@@ -293,11 +293,10 @@ def _no_space(when: str, filesystem: str, overwrite: bool, share: int) -> Event:
     return Event("enospc", f"disk full {when}, {filesystem}", prepare, share, frozenset({Outcome.REFUSED}), filesystem)
 
 
-def _damage(name: str, inflict: Inflict, share: int, applies: Callable[[type[Contender]], bool] | None = None) -> Event:
+def _damage(name: str, inflict: Inflict, share: int, applies: Callable[[type[Contender]], bool] = _any) -> Event:
     # Correct as well: what was damaged may be padding that nobody reads.
     allowed = frozenset({Outcome.CORRECT, Outcome.REFUSED})
-    event = Event("damage", name, partial(_damaged, inflict=inflict), share, allowed)
-    return replace(event, applies=applies) if applies else event
+    return Event("damage", name, partial(_damaged, inflict=inflict), share, allowed, applies=applies)
 
 
 EVENTS: list[Event] = [
@@ -319,9 +318,9 @@ EVENTS: list[Event] = [
     _damage("bits flipped in metadata", _bits_in_metadata, 400),
     _damage("zeroed hole of 4 to 64 KiB", _hole, 250),
     _damage("truncated or extended", _wrong_length, 250),
-    _damage("data file of another step", _other_step, 50, _many),
-    _damage("manifest of another step", _stale_manifest, 50, _many),
-    _damage("a file deleted", _missing, 50, _many),
+    _damage("data file of another step", _other_step, 50, _several),
+    _damage("manifest of another step", _stale_manifest, 50, _several),
+    _damage("a file deleted", _missing, 50, _several),
     _damage("a link, fifo or directory for a file", _not_a_file, 100),
 ]
 

@@ -31,7 +31,7 @@ from events import EVENTS, Event, Lab, happen, why_not
 from processes import Worker
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from savers import PEERS, Contender, Narrowgauge
+from savers import OURS, PEERS, Contender
 from verdicts import Verdict
 
 PARTS = ["enumerate", "kill", "power", "clone", "enospc", "damage"]
@@ -71,14 +71,14 @@ def main() -> int:
     start = time.monotonic()
     console = Console(stderr=True)
     enumeration = enumerate_states(args.enumerator, console) if "enumerate" in args.only else None
-    contenders: list[type[Contender]] = [Narrowgauge, *(PEERS if args.peers else [])]
+    contenders = [*OURS, *(PEERS if args.peers else [])]
     results = inject(args, contenders, console)
 
     lines = table(results, contenders, enumeration)
     print("\n".join(lines))
     if args.table:
         args.table.write_text("\n".join(lines) + "\n")
-    ours = [result for result in results if result.contender is Narrowgauge]
+    ours = [result for result in results if result.contender in OURS]
     violations = [result for result in ours if result.violation]
     for result in violations:
         print(f"\nVIOLATION: {result.event.name}: {result.verdict.outcome.value}: {result.verdict.detail}")
@@ -126,9 +126,8 @@ def inject(args: argparse.Namespace, contenders: list[type[Contender]], console:
             for contender in contenders:
                 if not event.applies(contender):
                     continue
-                trials = (
-                    PEER_TRIALS if contender is not Narrowgauge else max(1, round(args.faults * event.share / shares))
-                )
+                ours = round(args.faults * event.share / shares / sum(map(event.applies, OURS)))
+                trials = max(1, ours) if contender in OURS else PEER_TRIALS
                 folder = Path(temporary).resolve() / f"{number}-{contender.__name__}"
                 folder.mkdir()
                 chosen = range(trials) if args.trial is None else [args.trial]

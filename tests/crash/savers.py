@@ -55,6 +55,8 @@ class Contender:
     temporary: ClassVar[str] = ".tmp"
     # The file that describes the others, where there is one.
     manifest: ClassVar[str] = ""
+    # Its files differ from another contender's, so that damage to them is another case.
+    own_files: ClassVar[bool] = True
     # Files are made durable after they are written, by those who use the contender.
     synced: ClassVar[bool] = False
 
@@ -204,15 +206,22 @@ class Narrowgauge(Contender):
     strict = True
     temporary = ".tmp-"
     manifest = "manifest.json"
+    mode: ClassVar[str] = "snapshot"
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.checkpointer = ng.Checkpointer(directory, keep=KEEP)
 
     def save(self, step: int, state: State) -> None:
+        number = int(state["number"])
+        tensors = self.place({name: tensor for name, tensor in state.items() if name != "number"})
         overwrite = step in self.steps(self.directory)
-        self.checkpointer.save(step, {**state, "number": int(state["number"])}, overwrite=overwrite)
+        self.checkpointer.save(step, {**tensors, "number": number}, mode=self.mode, overwrite=overwrite)
         self.checkpointer.wait()
+
+    def place(self, tensors: State) -> State:
+        """The same tensors where the mode wants them."""
+        return tensors
 
     def close(self) -> None:
         self.checkpointer.close()
@@ -223,7 +232,7 @@ class Narrowgauge(Contender):
 
     @classmethod
     def steps(cls, directory: Path) -> list[int]:
-        return ng.checkpoint.steps(directory)
+        return ng.checkpoint.steps(directory) if directory.is_dir() else []
 
     @classmethod
     def load(cls, directory: Path, step: int) -> State:
@@ -250,6 +259,28 @@ class Narrowgauge(Contender):
         ]
 
 
+class NarrowgaugeDeferred(Narrowgauge):
+    """Written straight from the parameters of an optimizer, which are the same memory at every step."""
+
+    name = "narrowgauge, deferred"
+    mode = "deferred"
+    own_files = False
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.parameters = torch.nn.ParameterList()
+
+    def place(self, tensors: State) -> State:
+        if [p.shape for p in self.parameters] != [t.shape for t in tensors.values()]:
+            new = (torch.nn.Parameter(torch.empty_like(tensor), requires_grad=False) for tensor in tensors.values())
+            self.parameters = torch.nn.ParameterList(new)
+            self.checkpointer.adopt(self.parameters, torch.optim.SGD(self.parameters))
+        for parameter, tensor in zip(self.parameters, tensors.values(), strict=True):
+            parameter.copy_(tensor)
+        return {name: parameter.detach() for name, parameter in zip(tensors, self.parameters, strict=True)}
+
+
+OURS: list[type[Contender]] = [Narrowgauge, NarrowgaugeDeferred]
 PEERS: list[type[Contender]] = [TorchSave, TorchSaveSynced, Safetensors, SafetensorsSynced, Dcp]
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import narrowgauge as ng
 from contents import content, difference
 from damage import Damage
-from savers import Contender, Span
+from savers import Contender, Span, files
 
 
 class Outcome(enum.Enum):
@@ -132,7 +132,8 @@ def _unclear(error: Exception | None, damage: Damage, touched: Sequence[Span]) -
     if not isinstance(error, (ng.FileCorrupt, OSError)):
         return f"unexpected kind: {_describe(error)}"
     message = str(error)
-    if damage.path.name not in message:
+    blamed = files(damage.path.parent) if damage.foreign else [damage.path]
+    if not any(path.name in message for path in blamed):
         return f"does not name {damage.path.name}: {_describe(error)}"
     named = (span.tensor in message and re.search(rf"chunk {span.chunk}\b", message) for span in touched)
     if touched and not any(named):
