@@ -81,11 +81,8 @@ def main() -> int:
     ours = [result for result in results if result.contender in OURS]
     violations = [result for result in ours if result.violation]
     for result in violations:
-        print(f"\nVIOLATION: {result.event.name}: {result.verdict.outcome.value}: {result.verdict.detail}")
-        print(
-            f"  again: python tests/crash/run.py --only {result.event.part} --seed {args.seed} --faults {args.faults}"
-            f" --trial {result.trial}"
-        )
+        print(f"\nVIOLATION: {result.contender.name}: {result.event.name}: {result.verdict.outcome.value}: {result.verdict.detail}")
+        print(f"  again: python tests/crash/run.py --only {result.event.part} --seed {args.seed} --trial {result.trial}")
     if enumeration and enumeration.violations:
         print(f"\nVIOLATION: {args.enumerator}:\n{enumeration.output}")
     faults = len(ours) + (enumeration.faults if enumeration else 0)
