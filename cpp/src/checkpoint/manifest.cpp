@@ -306,11 +306,15 @@ std::string manifest_text(const Manifest& manifest) {
     out += "]}";
   }
   out += "],\n\"state\":" + json_quote(manifest.state);
-  const uint32_t checksum = crc32c(0, std::as_bytes(std::span(out)));
-  out += kChecksumMember;
-  append_hex(out, checksum);
-  out += kEnd;
-  return out;
+  return seal_manifest(std::move(out));
+}
+
+std::string seal_manifest(std::string body) {
+  const uint32_t checksum = crc32c(0, std::as_bytes(std::span(body)));
+  body += kChecksumMember;
+  append_hex(body, checksum);
+  body += kEnd;
+  return body;
 }
 
 Manifest parse_manifest(std::string_view text, const std::string& source) {

@@ -22,6 +22,9 @@ inline constexpr uint64_t kMaxManifestBytes = uint64_t{1} << 31;
 
 std::string manifest_text(const Manifest& manifest);
 
+// The text with its last member: the checksum of what is before it. pre: `body` is a JSON object without its '}'.
+std::string seal_manifest(std::string body);
+
 // Parses and checks the grammar and the text's own checksum. Throws CheckpointCorrupt that names `source`.
 Manifest parse_manifest(std::string_view text, const std::string& source);
 

@@ -9,7 +9,9 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdlib>
 #include <cstring>
+#include <string_view>
 #include <system_error>
 #include <utility>
 
@@ -23,6 +25,17 @@ constexpr size_t kMaxAlignment = 4096;
 constexpr size_t kMinAlignment = 512;
 // EAGAIN and EINTR in a row after which they count as failures.
 constexpr int kMaxIdle = 1000;
+
+constexpr const char* kEngineVariable = "NARROWGAUGE_IO_ENGINE";
+
+IoEngine forced_engine() {
+  const char* value = std::getenv(kEngineVariable);
+  const std::string_view name = value == nullptr ? "" : value;
+  if (name.empty()) return IoEngine::automatic;
+  if (name == "threads") return IoEngine::threads;
+  NG_CHECK(name == "io_uring", InvalidArgument, kEngineVariable, " is '", name, "', expected io_uring or threads");
+  return IoEngine::io_uring;
+}
 
 // What O_DIRECT needs here, or 1 if the file has none.
 size_t direct_alignment(int fd) {
@@ -172,6 +185,17 @@ bool EngineFile::settle_end(Transfer& transfer) const {
   return true;
 }
 
+void EngineFile::transfer_now(Transfer& transfer) {
+  while (true) {
+    std::byte* data = transfer.data + transfer.done;
+    const auto offset = static_cast<off_t>(transfer.offset + transfer.done);
+    const size_t request = next_request(transfer);
+    const ssize_t answer =
+        transfer.is_write ? pwrite(descriptor(), data, request, offset) : pread(descriptor(), data, request, offset);
+    if (advance(transfer, answer < 0 ? -errno : answer)) return;
+  }
+}
+
 uint64_t EngineFile::wait() {
   NG_CHECK(in_flight() > 0, InvalidArgument, "wait() on ", file_.path, ": nothing is in flight");
   if (over_.empty()) {
@@ -265,13 +289,23 @@ std::unique_ptr<DirectFile> open_direct(const std::string& path, OpenMode mode, 
   constexpr int kMaxQueueDepth = 1024;
   NG_CHECK(options.queue_depth >= 1 && options.queue_depth <= kMaxQueueDepth, InvalidArgument, "queue depth ",
            options.queue_depth, " for ", path, ", expected 1 to ", kMaxQueueDepth);
-  if (options.engine == IoEngine::io_uring) {
-    const std::string why = why_no_io_uring();
-    NG_CHECK(why.empty(), InvalidArgument, "cannot open ", path, " with io_uring: ", why);
+  const IoEngine engine = options.engine == IoEngine::automatic ? forced_engine() : options.engine;
+  OpenedFile file = open_file(path, mode, options.direct);
+  try {
+    if (engine != IoEngine::threads) {
+      std::string why;
+      if (auto with_ring = open_uring(file, options.queue_depth, interference, why)) return with_ring;
+      NG_CHECK(engine != IoEngine::io_uring, InvalidArgument, "cannot open ", path, " with io_uring: ", why);
+    }
+    return open_threads(std::move(file), options.queue_depth, std::move(interference));
+  } catch (...) {
+    if (mode == OpenMode::create) unlink(path.c_str());
+    throw;
   }
-  return open_threads(open_file(path, mode, options.direct), options.queue_depth, std::move(interference));
 }
 
-std::string why_no_io_uring() { return "narrowgauge was built without liburing"; }
+std::string why_no_io_uring() {
+  return forced_engine() == IoEngine::threads ? concat(kEngineVariable, "=threads") : probe_uring();
+}
 
 }  // namespace ng

@@ -81,6 +81,9 @@ class EngineFile : public DirectFile {
   // Takes the kernel's answer. Returns whether the transfer is over; else its rest is to be requested. From any thread.
   bool advance(Transfer& transfer, int64_t answer);
 
+  // The whole of a transfer by pread and pwrite, here and now.
+  void transfer_now(Transfer& transfer);
+
   int descriptor() const noexcept { return file_.descriptor.get(); }
   bool is_direct() const noexcept;
   // False in a child of the process that opened the file: the engine's threads and ring are not the child's.
@@ -110,6 +113,11 @@ class EngineFile : public DirectFile {
 };
 
 std::unique_ptr<DirectFile> open_threads(OpenedFile&& file, int queue_depth, Interference&& interference);
+
+// Null, with the reason, where io_uring is not to be had; `file` and `interference` are then as they were.
+std::unique_ptr<DirectFile> open_uring(OpenedFile& file, int queue_depth, Interference& interference, std::string& why);
+// The reason, or "" if it is to be had.
+std::string probe_uring();
 
 // The public function, with an interference.
 std::unique_ptr<DirectFile> open_direct(const std::string& path, OpenMode mode, const DirectFileOptions& options,

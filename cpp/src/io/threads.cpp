@@ -3,10 +3,8 @@
 // Threads start as transfers come and end with the file. They carry no signals: handlers run on the program's threads.
 #include <pthread.h>
 #include <signal.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <condition_variable>
 #include <deque>
 #include <memory>
@@ -65,7 +63,7 @@ class ThreadsFile final : public EngineFile {
       if (crew_->idle < crew_->waiting.size() && crew_->threads.size() < max_threads_) add_thread();
       if (crew_->threads.empty()) {  // none to be had: here and now, then
         crew_->waiting.pop_back();
-        run(transfer);
+        transfer_now(transfer);
         crew_->finished.push_back(&transfer);
         return;
       }
@@ -104,21 +102,10 @@ class ThreadsFile final : public EngineFile {
       Transfer& transfer = *crew_->waiting.front();
       crew_->waiting.pop_front();
       lock.unlock();
-      run(transfer);
+      transfer_now(transfer);
       lock.lock();
       crew_->finished.push_back(&transfer);
       crew_->finish.notify_one();
-    }
-  }
-
-  void run(Transfer& transfer) {
-    while (true) {
-      std::byte* data = transfer.data + transfer.done;
-      const auto offset = static_cast<off_t>(transfer.offset + transfer.done);
-      const size_t request = next_request(transfer);
-      const ssize_t answer =
-          transfer.is_write ? pwrite(descriptor(), data, request, offset) : pread(descriptor(), data, request, offset);
-      if (advance(transfer, answer < 0 ? -errno : answer)) return;
     }
   }
 

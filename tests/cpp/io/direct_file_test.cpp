@@ -1,15 +1,20 @@
 // DirectFile: one suite for every engine, past the page cache and through it.
 #include "io/direct_file.hpp"
 
-#include <fcntl.h>
 #include <gtest/gtest.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <cerrno>
 #include <csignal>
+#include <cstddef>
+#include <iterator>
 #include <set>
 #include <string>
 #include <thread>
@@ -79,27 +84,6 @@ class DirectFileTest : public testing::TestWithParam<Setting> {
 
   std::optional<TemporaryDirectory> directory_;
 };
-
-// The errno of the SystemError that f throws, or 0.
-template <typename F>
-int errno_of(const F& f) {
-  try {
-    f();
-  } catch (const SystemError& error) {
-    return error.errno_value();
-  }
-  return 0;
-}
-
-template <typename F>
-std::string message_of(const F& f) {
-  try {
-    f();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "";
-}
 
 std::set<uint64_t> wait_for_all(DirectFile& file) {
   std::set<uint64_t> tags;
@@ -402,7 +386,6 @@ TEST_P(DirectFileTest, AFileSizeLimitIsAnErrorNotATruncation) {
 }
 
 TEST_P(DirectFileTest, AFullDiskIsAnError) {
-  if (GetParam().direct) GTEST_SKIP() << "the small disk is a tmpfs";
   const AlignedBytes bytes(512 * kBlock);
   const int result = run_in_child([&] {
     if (!mount_small_disk(directory_->path(), "1m")) return kCannotMount;
@@ -510,6 +493,151 @@ TEST_P(DirectFileTest, OpenModes) {
   const auto file = open_direct(*directory_ / "new", OpenMode::read, options());
   file->write(bytes.all(), 0, 0);
   EXPECT_EQ(errno_of([&] { file->wait(); }), EBADF);
+}
+
+// --- which engine ---------------------------------------------------------------------------------------------
+
+// Makes a system call fail with EPERM in this thread and what it starts, as container runtimes do.
+bool deny(unsigned call) {
+  sock_filter filter[] = {
+      BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, call, 0, 1),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+  };
+  const sock_fprog program{std::size(filter), filter};
+  return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0 && prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) == 0;
+}
+
+bool has(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
+
+class IoEngineTest : public testing::Test {
+ protected:
+  std::string path() const { return directory_ / "x"; }
+  std::unique_ptr<DirectFile> create(IoEngine engine) const {
+    return open_direct(path(), OpenMode::create, {.engine = engine});
+  }
+  void need_io_uring() {
+    if (!why_no_io_uring().empty()) GTEST_SKIP() << why_no_io_uring();
+  }
+
+  TemporaryDirectory directory_;
+  AlignedBytes bytes_{16 * kBlock, 14};
+};
+
+TEST_F(IoEngineTest, IsIoUringWhereThereIsOne) {
+  const bool expected = why_no_io_uring().empty();
+  EXPECT_EQ(create(IoEngine::automatic)->engine().starts_with("io_uring"), expected);
+}
+
+TEST_F(IoEngineTest, IsThreadsWhereTheKernelRefusesIoUring) {
+  EXPECT_EQ(run_in_child([&] {
+              unsetenv("NARROWGAUGE_IO_ENGINE");
+              if (!deny(SYS_io_uring_setup)) return 1;
+              const std::string why = why_no_io_uring();
+              if (!has(why, "Operation not permitted") && !has(why, "without liburing")) return 2;
+              try {
+                create(IoEngine::io_uring);
+                return 3;
+              } catch (const InvalidArgument& error) {
+                if (!has(error.what(), why)) return 4;
+              }
+              const auto file = create(IoEngine::automatic);  // the failure has left nothing behind
+              if (!file->engine().starts_with("threads")) return 5;
+              file->write(bytes_.all(), 0, 0);
+              file->sync();
+              return read_text(path()) == bytes_.text() ? 0 : 6;
+            }),
+            0);
+}
+
+TEST_F(IoEngineTest, ASandboxThatClosesLaterStopsNothing) {
+  need_io_uring();
+  EXPECT_EQ(run_in_child([&] {
+              const auto file = create(IoEngine::io_uring);
+              file->write(bytes_.part(0, 4 * kBlock), 0, 0);
+              if (!deny(SYS_io_uring_enter)) return 1;
+              for (size_t i = 1; i < 4; ++i) file->write(bytes_.part(i * 4 * kBlock, 4 * kBlock), i * 4 * kBlock, i);
+              if (wait_for_all(*file).size() != 4) return 2;
+              for (int i = 0; i < 50; ++i) file->write(bytes_.part(0, kBlock), 0, 0);
+              file->sync();
+              return read_text(path()) == bytes_.text() ? 0 : 3;
+            }),
+            0);
+}
+
+TEST_F(IoEngineTest, CanBeForcedByTheEnvironment) {
+  EXPECT_EQ(run_in_child([&] {
+              setenv("NARROWGAUGE_IO_ENGINE", "threads", 1);
+              if (why_no_io_uring() != "NARROWGAUGE_IO_ENGINE=threads") return 1;
+              if (!create(IoEngine::automatic)->engine().starts_with("threads")) return 2;
+              setenv("NARROWGAUGE_IO_ENGINE", "", 1);
+              if (why_no_io_uring() == "NARROWGAUGE_IO_ENGINE=threads") return 3;
+              setenv("NARROWGAUGE_IO_ENGINE", "libaio", 1);
+              if (!has(message_of([] { why_no_io_uring(); }), "NARROWGAUGE_IO_ENGINE is 'libaio'")) return 4;
+              setenv("NARROWGAUGE_IO_ENGINE", "io_uring", 1);
+              std::filesystem::remove(path());
+              if (why_no_io_uring().empty())
+                return create(IoEngine::automatic)->engine().starts_with("io_uring") ? 0 : 5;
+              return message_of([&] { create(IoEngine::automatic); }).empty() ? 6 : 0;
+            }),
+            0);
+}
+
+// What one thread has started another can wait for, though the first is busy: see the choice of ring flags.
+TEST_F(IoEngineTest, ABusyThreadKeepsNoOtherWaiting) {
+  for (const IoEngine engine : {IoEngine::threads, IoEngine::io_uring}) {
+    if (engine == IoEngine::io_uring && !why_no_io_uring().empty()) continue;
+    std::filesystem::remove(path());
+    const auto file = create(engine);
+    std::atomic<bool> started{false};
+    std::atomic<bool> over{false};
+    std::thread busy([&] {
+      for (size_t i = 0; i < 8; ++i) file->write(bytes_.all(), i * bytes_.all().size(), i);
+      started = true;
+      while (!over) continue;
+    });
+    while (!started) std::this_thread::yield();
+    EXPECT_EQ(wait_for_all(*file).size(), 8u);
+    over = true;
+    busy.join();
+  }
+}
+
+TEST_F(IoEngineTest, WithoutTheRightToLockMemoryTransfersGoOnUnregistered) {
+  need_io_uring();
+  const std::filesystem::path parent = direct_parent();
+  if (parent.empty()) GTEST_SKIP() << "no directory here takes O_DIRECT";
+  const TemporaryDirectory directory(parent);
+  std::filesystem::permissions(directory.path(), std::filesystem::perms::all);
+  const AlignedBytes bytes(1 << 20, 15);
+  EXPECT_EQ(run_in_child([&] {
+              const rlimit limit{64 << 10, 64 << 10};
+              if (setrlimit(RLIMIT_MEMLOCK, &limit) != 0) return 1;
+              if (geteuid() == 0 && setuid(65534) != 0) return 2;  // root may lock what it likes
+              const auto file = open_direct(directory / "x", OpenMode::create, {.engine = IoEngine::io_uring});
+              file->register_memory(bytes.part(0, kBlock));
+              if (file->engine() != "io_uring") return 3;
+              file->register_memory(bytes.all());
+              if (file->engine() != "io_uring, memory not registered: Cannot allocate memory") return 4;
+              file->write(bytes.all(), 0, 0);
+              file->sync();
+              return read_text(directory / "x") == bytes.text() ? 0 : 5;
+            }),
+            0);
+}
+
+TEST_F(IoEngineTest, MoreRegionsThanTheTableHoldsAreUsedUnregistered) {
+  need_io_uring();
+  const AlignedBytes bytes(100 * kBlock, 16);
+  const auto file = create(IoEngine::io_uring);
+  for (size_t i = 0; i < 100; ++i) file->register_memory(bytes.part(i * kBlock, kBlock));
+  for (size_t i = 0; i < 50; ++i)
+    file->write(bytes.part(i * 2 * kBlock, 2 * kBlock), i * 2 * kBlock, i);  // two regions
+  file->sync();
+  for (size_t i = 0; i < 100; ++i) file->write(bytes.part(i * kBlock, kBlock), i * kBlock, i);
+  file->sync();
+  EXPECT_EQ(read_text(path()), bytes.text());
 }
 
 std::string name_of(const testing::TestParamInfo<Setting>& setting) {

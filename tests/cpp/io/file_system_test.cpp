@@ -16,16 +16,6 @@
 namespace ng {
 namespace {
 
-template <typename F>
-int errno_of(const F& f) {
-  try {
-    f();
-  } catch (const SystemError& error) {
-    return error.errno_value();
-  }
-  return 0;
-}
-
 using Names = std::vector<std::string>;
 
 class NativeFileSystemTest : public testing::Test {

@@ -10,6 +10,8 @@
 #include <string>
 #include <utility>
 
+#include "narrowgauge/error.hpp"
+
 namespace ng {
 
 // Stands in for a call on this thread: returns the errno to fail with, or -1 to go on.
@@ -28,6 +30,28 @@ class ScopedHook {
   const Hook*& slot_;
   Hook hook_;
 };
+
+// The errno of the SystemError that f throws, or 0.
+template <typename F>
+int errno_of(const F& f) {
+  try {
+    f();
+  } catch (const SystemError& error) {
+    return error.errno_value();
+  }
+  return 0;
+}
+
+// The message of the ng::Error that f throws, or "".
+template <typename F>
+std::string message_of(const F& f) {
+  try {
+    f();
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "";
+}
 
 // Runs f in a child process with one thread; its result must be 0..255.
 template <typename F>
