@@ -58,6 +58,20 @@ def describe(encoded: Encoded) -> bytes:
     return json.dumps([*parts, tensors[encoded.common :]], separators=(",", ":")).encode()
 
 
+def plan_alone(encoded: Encoded) -> Plan:
+    """The plan of one rank that writes all: plan([describe(encoded)]), without the texts."""
+    if any(each.box is not None for each in encoded.tensors):
+        return plan([describe(encoded)])  # a part of a tensor: whether the rest is somewhere
+    tensors = [Tensor(each.name, each.dtype, each.shape) for each in encoded.tensors]
+    counts = [math.prod(each.shape) for each in tensors]
+    regions = [Region(at, at, 0, count, None) for at, count in enumerate(counts) if count]
+    return Plan(_document(values.dump(encoded.tree), [values.dump(encoded.own)]), tensors, [regions])
+
+
+def _document(tree: str, own: Sequence[str]) -> str:
+    return f'["state",{tree},{",".join(own)}]'
+
+
 class _Piece(NamedTuple):
     """A part of a tensor that the same ranks hold."""
 
@@ -132,7 +146,7 @@ def plan(descriptions: Sequence[bytes]) -> Plan:
             if count := math.prod(shape):
                 regions[rank].append(Region(len(tensors), len(listed[0][0]) + offset, 0, count, None))
             tensors.append(Tensor(name, dtype, tuple(shape)))
-    document = f'["state",{trees[0]},{",".join(part[1] for part in parts)}]'
+    document = _document(trees[0], [part[1] for part in parts])
     return Plan(document, tensors, [sorted(each) for each in regions])
 
 

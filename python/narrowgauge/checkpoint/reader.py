@@ -80,8 +80,8 @@ def load_checkpoint(
     library: 'numpy' gives numpy arrays for torch tensors. rank: whose PerRank values to load; by default this
     process's rank in torch.distributed, else 0. report: called with the number of bytes read.
 
-    CheckpointError if there is no such checkpoint, CheckpointCorrupt if it is damaged, OSError. After CheckpointCorrupt a
-    state given as `into` may be filled in part.
+    CheckpointError if there is no such checkpoint, CheckpointCorrupt if it is damaged, OSError. After CheckpointCorrupt
+    a state given as `into` may be filled in part.
     """
     if verify not in _VERIFY:
         raise ValueError(f"verify is {verify!r}, expected 'chunks' or 'off'")

@@ -158,9 +158,7 @@ class Checkpointer:
         self._start(step, agreed, rank, encoded.tensors, mode, overwrite)
         return True
 
-    def _start(
-        self, step: int, agreed: Plan, rank: int, tensors: list[Stored], mode: str, overwrite: bool
-    ) -> None:
+    def _start(self, step: int, agreed: Plan, rank: int, tensors: list[Stored], mode: str, overwrite: bool) -> None:
         lent = self._lent() if mode == "deferred" else frozenset()
         parts: list[Any] = []
         watched: list[Any] = []
@@ -172,7 +170,9 @@ class Checkpointer:
                 array = _dense(stored.array)
                 borrowed = bool(lent) and array is stored.array and _is_lent(stored, lent)
                 if borrowed:
-                    watched.extend((stored.name, source, source._version, source.data_ptr()) for source in stored.sources)
+                    watched.extend(
+                        (stored.name, source, source._version, source.data_ptr()) for source in stored.sources
+                    )
                 held.append((array, borrowed))
                 dense[region.stored] = (_address(array), FILE_BYTES[stored.dtype], borrowed)
             address, itemsize, borrowed = dense[region.stored]
@@ -225,7 +225,7 @@ class Checkpointer:
         return None if report is None else SaveReport(*report)
 
     def close(self) -> None:
-        """Waits, lets the optimizers go and gives up the directory. Raises as wait() does; it is closed all the same."""
+        """Waits, and gives up optimizers and directory. Raises as wait() does; it is closed all the same."""
         _open.discard(self)
         for hook in self._hooks:
             hook.remove()
@@ -272,7 +272,7 @@ class Checkpointer:
         self._optimizers[id(optimizer)] = weakref.ref(optimizer)
 
     def adopt(self, model: torch.nn.Module | None = None, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Moves the memory of parameters, buffers and optimizer state into pages of their own, and attaches the optimizer.
+        """Moves parameters, buffers and optimizer state into pages of their own, and attaches the optimizer.
 
         torch aligns tensors to 64 bytes; direct I/O needs whole pages, so only adopted tensors are written without a
         copy. Tensors keep their identity, values and ties; tensors that share a storage still do. Optimizer state that
@@ -290,7 +290,7 @@ class Checkpointer:
 
     def _lent(self) -> frozenset[int]:
         """The storages, by address, that attached optimizers wait for."""
-        storages = set()
+        storages: set[int] = set()
         for reference in self._optimizers.values():
             if (optimizer := reference()) is not None:
                 storages.update(local(tensor).untyped_storage().data_ptr() for tensor in optimizer_tensors(optimizer))
