@@ -333,4 +333,4 @@ def happen(trial: Trial, rng: Random) -> Verdict:
     try:
         return trial(rng)
     except Lost as lost:
-        return Verdict(Outcome.LOST, str(lost))
+        return Verdict(Outcome.BROKEN, str(lost))

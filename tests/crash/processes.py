@@ -116,18 +116,18 @@ class Worker:
         self._connection.close()
 
     def call(self, function: Callable[..., Any], *arguments: Any, timeout: float = 60) -> Any:
-        """Throws Lost if there is no answer, RuntimeError if the function raised, which it should not."""
+        """Throws Lost if the function hangs, crashes, or raises."""
         self._connection.send((function, arguments))
-        lost = f"the reader hung for {timeout:g} s"
+        lost = f"{function.__name__} hung for {timeout:g} s"
         if self._connection.poll(timeout):
             try:
                 value, error = self._connection.recv()
             except EOFError:
                 self._process.join()
-                lost = f"the reader died with exit code {self._process.exitcode}"
+                lost = f"{function.__name__} died with exit code {self._process.exitcode}"
             else:
                 if error:
-                    raise RuntimeError(f"{function.__name__} failed in the worker:\n{error}")
+                    raise Lost(f"{function.__name__} raised\n{error}")
                 return value
         self.__exit__(None, None, None)
         self.__enter__()

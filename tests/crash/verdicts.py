@@ -30,7 +30,7 @@ class Outcome(enum.Enum):
     UNREPORTED = "failed save not reported"
     UNCLEAR = "unclear error"
     STUCK = "cannot save again"
-    LOST = "process hung or died"
+    BROKEN = "hung, died or failed by itself"
 
 
 class Verdict(NamedTuple):
