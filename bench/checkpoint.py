@@ -331,7 +331,7 @@ def measure_loop(bench: Bench) -> None:
         f"{name} {cost['durable']:.2f} s ({cost['blocking']:.3f} s blocking, {cost['cpu']:.2f} s CPU)"
         for name, cost in results["alone"].items()
     )
-    print(f"A save alone: {costs}. A write time is the first.")
+    print(f"A save alone: {costs}. A write time is the shortest.")
 
 
 def measure_load(bench: Bench) -> None:
