@@ -15,5 +15,6 @@ void bind_quantize(nb::module_& module);
 void bind_linear(nb::module_& module);
 void bind_device(nb::module_& module);
 void bind_io(nb::module_& module);
+void bind_checkpoint(nb::module_& module);
 
 }  // namespace ng::python

@@ -22,6 +22,10 @@ void translate(const std::exception_ptr& pointer, void*) {
     // OSError picks its subclass by errno only when it is called with both.
     nb::object instance = nb::handle(PyExc_OSError)(error.errno_value(), error.what());
     PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(instance.ptr())), instance.ptr());
+  } catch (const CheckpointCorrupt& error) {
+    set_error("CheckpointCorrupt", error.what());
+  } catch (const CheckpointError& error) {
+    set_error("CheckpointError", error.what());
   } catch (const FileCorrupt& error) {
     set_error("FileCorrupt", error.what());
   } catch (const Error& error) {
@@ -43,4 +47,5 @@ NB_MODULE(_native, module) {
   bind_linear(module);
   bind_device(module);
   bind_io(module);
+  bind_checkpoint(module);
 }

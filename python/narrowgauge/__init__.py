@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from narrowgauge import _native
 from narrowgauge._native import Format, format_aliases, set_threads, threads
-from narrowgauge.errors import Error, FileCorrupt, PerformanceWarning
+from narrowgauge.errors import CheckpointCorrupt, CheckpointError, Error, FileCorrupt, PerformanceWarning
 from narrowgauge.linear import linear
 from narrowgauge.qtensor import Canonical, QTensor, quantize
 
 if TYPE_CHECKING:
-    from narrowgauge import nn, ops
+    from narrowgauge import checkpoint, nn, ops
+    from narrowgauge.checkpoint import Checkpointer, PerRank, load_checkpoint, verify_checkpoint
     from narrowgauge.model import LayerReport, QuantizeReport, load_model, quantize_model, save_model
 
 __version__: str = _native.__version__
@@ -36,8 +37,13 @@ mxfp6 = Format("mxfp6")
 mxfp4 = Format("mxfp4")
 nvfp4 = Format("nvfp4")
 
-# What needs torch, by the module that has it (None: the name is the module).
+# What is imported when it is first used, by the module that has it (None: the name is the module). Most needs torch.
 _LAZY = {
+    "Checkpointer": "checkpoint",
+    "PerRank": "checkpoint",
+    "checkpoint": None,
+    "load_checkpoint": "checkpoint",
+    "verify_checkpoint": "checkpoint",
     "nn": None,
     "ops": None,
     "LayerReport": "model",
@@ -49,13 +55,18 @@ _LAZY = {
 
 __all__ = [
     "Canonical",
+    "CheckpointCorrupt",
+    "CheckpointError",
+    "Checkpointer",
     "Error",
     "FileCorrupt",
     "Format",
     "LayerReport",
+    "PerRank",
     "PerformanceWarning",
     "QTensor",
     "QuantizeReport",
+    "checkpoint",
     "format_aliases",
     "fp4",
     "fp5",
@@ -64,6 +75,7 @@ __all__ = [
     "int4",
     "int8",
     "linear",
+    "load_checkpoint",
     "load_model",
     "mxfp4",
     "mxfp6",
@@ -77,6 +89,7 @@ __all__ = [
     "save_model",
     "set_threads",
     "threads",
+    "verify_checkpoint",
 ]
 
 

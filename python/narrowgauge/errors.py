@@ -13,5 +13,13 @@ class FileCorrupt(Error, ValueError):
     """A file is not what it claims to be: truncated, altered or hostile."""
 
 
+class CheckpointError(Error):
+    """A checkpoint could not be saved, or was asked for something that it does not hold."""
+
+
+class CheckpointCorrupt(FileCorrupt):
+    """A checkpoint is damaged or hostile; the message names file, tensor and chunk."""
+
+
 class PerformanceWarning(UserWarning):
     """The call works but does avoidable work."""

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import torch
 from narrowgauge import _native
 from narrowgauge._arrays import FLOATS, library
 from narrowgauge._native import Format
+from narrowgauge._patterns import matches
 from narrowgauge.errors import FileCorrupt
 from narrowgauge.nn import Embedding, Linear
 from narrowgauge.qtensor import QTensor, file_metadata, find_matrix, load_matrix, quantize, read_metadata
@@ -118,11 +118,6 @@ def _decibel(signal: float, noise: float) -> float:
 
 def _mib(size: int) -> str:
     return f"{size / 2**20:.2f}"
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Whether an fnmatch pattern matches a module's name, or its last parts: "lm_head" is also "model.lm_head"."""
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
 
 
 def quantize_model(

@@ -18,7 +18,7 @@ from narrowgauge._arrays import Array, Arrays
 from narrowgauge._native import Format
 
 _SCALE_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "e8m0": "uint8", "e4m3": "uint8"}
-_FILE_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8"}
+FILE_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8"}
 _FILE_VERSION = 1
 
 
@@ -35,7 +35,7 @@ class Canonical(NamedTuple):
     global_scale: Array | None = None
 
 
-def _parts(format: Format, rows: int, cols: int) -> list[tuple[str, str, tuple[int, ...]] | None]:
+def canonical_parts(format: Format, rows: int, cols: int) -> list[tuple[str, str, tuple[int, ...]] | None]:
     """(name, dtype, shape) of each array of a canonical matrix; None for an absent one."""
     groups = format.groups(cols)
     return [
@@ -85,7 +85,7 @@ class QTensor:
         """Takes the arrays, without a copy. ValueError if a shape does not fit, TypeError for a wrong dtype."""
         q = cls(format, shape, _arrays.library_of(canonical.codes, "codes"))
         names = ("codes", "scales", "zeros", "global_scale")
-        for name, part, array in zip(names, _parts(q.format, q.rows, q.cols), canonical, strict=True):
+        for name, part, array in zip(names, canonical_parts(q.format, q.rows, q.cols), canonical, strict=True):
             if (part is None) != (array is None):
                 raise ValueError(f"{name}: format {q.format} has {'none' if part is None else 'one'}")
             if part is None or array is None:
@@ -99,7 +99,7 @@ class QTensor:
         return q
 
     def _new_canonical(self) -> Canonical:
-        parts = _parts(self.format, self.rows, self.cols)
+        parts = canonical_parts(self.format, self.rows, self.cols)
         return Canonical(*(part and self._arrays.empty(part[2], part[1]) for part in parts))
 
     def _borrow(self, canonical: Canonical) -> tuple[Array, Array, Array | None, Array | None]:
@@ -174,6 +174,17 @@ class QTensor:
             self._packed = self._matrix = None
         return self
 
+    def assign(self, other: QTensor) -> None:
+        """Copies the values of a matrix of the same format and shape into this one's memory, in the form it is in."""
+        if (self.format, self.shape) != (other.format, other.shape):
+            raise ValueError(f"the other is {other.format} {other.shape}, expected {self.format} {self.shape}")
+        if self._matrix is not None:
+            _native.pack(self.format, self.rows, self.cols, *other._borrow(other.canonical()), self.packed)
+            return
+        for mine, its in zip(self.canonical(), other.canonical(), strict=True):
+            if mine is not None:
+                mine[...] = its
+
     def dequantize(self, dtype: Any = "float32") -> Array:
         """The weights [*shape] in `dtype`: float32, float16 or bfloat16, as a name or the array library's dtype."""
         name = self._arrays.dtype_name(dtype)
@@ -187,9 +198,9 @@ class QTensor:
 
     def file_tensors(self, name: str) -> list[tuple[str, str, tuple[int, ...], Array]]:
         """The canonical arrays as _native.write_safetensors takes them, called `<name>.codes` and so on."""
-        parts = _parts(self.format, self.rows, self.cols)
+        parts = canonical_parts(self.format, self.rows, self.cols)
         return [
-            (f"{name}.{part[0]}", _FILE_DTYPES[part[1]], part[2], self._arrays.view(array))
+            (f"{name}.{part[0]}", FILE_DTYPES[part[1]], part[2], self._arrays.view(array))
             for part, array in zip(parts, self.canonical(), strict=True)
             if part is not None
         ]
@@ -313,7 +324,7 @@ def read_metadata(file: _native.SafetensorsFile) -> dict[str, Any]:
 
 
 class FileMatrix(NamedTuple):
-    """A matrix of an open file, found sound: its parts as _parts gives them, and views of their bytes."""
+    """A matrix of an open file, found sound: its parts as canonical_parts gives them, and views of their bytes."""
 
     format: Format
     shape: tuple[int, ...]
@@ -332,7 +343,7 @@ def find_matrix(file: _native.SafetensorsFile, name: str, entry: dict[str, Any])
         _native.canonical_bytes(format, rows, cols)
     except (ValueError, TypeError) as error:  # TypeError: more rows than 64 bits hold
         raise ValueError(f"{file.path}: tensor '{name}': {error}") from None
-    parts = _parts(format, rows, cols)
+    parts = canonical_parts(format, rows, cols)
     buffers: list[memoryview | None] = []
     for part in parts:
         if part is None:
@@ -343,7 +354,7 @@ def find_matrix(file: _native.SafetensorsFile, name: str, entry: dict[str, Any])
             dtype, found, _ = file.info(key)
         except KeyError:
             raise FileCorrupt(f"{file.path}: tensor '{key}' is missing") from None
-        expected = _FILE_DTYPES[part[1]]
+        expected = FILE_DTYPES[part[1]]
         if (dtype, tuple(found)) != (expected, part[2]):
             raise FileCorrupt(
                 f"{file.path}: '{key}' is {dtype} {list(found)}, expected {expected} {list(part[2])} "

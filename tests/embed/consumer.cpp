@@ -1,15 +1,34 @@
 // A C++ program that uses the installed library: quantize, pack, multiply, and compare with plain arithmetic.
-// Prints the largest error; exits with 1 if it is not small or if bad input is accepted.
+// Prints the largest error; exits with 1 if it is not small or if bad input is accepted. With a path it also writes a
+// file there by direct I/O and prints the engine.
 #include <cmath>
 #include <cstdio>
 #include <vector>
 
 #include "narrowgauge/device.hpp"
 #include "narrowgauge/error.hpp"
+#include "narrowgauge/io.hpp"
 #include "narrowgauge/linear.hpp"
+#include "narrowgauge/memory.hpp"
 #include "narrowgauge/quantize.hpp"
 
-int main() {
+namespace {
+
+void write_directly(const char* path) {
+  ng::Buffer block(size_t{4} << 20);  // aligned to a huge page
+  for (size_t i = 0; i < block.size(); ++i) block.data()[i] = static_cast<std::byte>(i % 251);
+  const auto file = ng::open_direct(path, ng::OpenMode::create);
+  file->register_memory({block.data(), block.size()});
+  file->write({block.data(), block.size()}, 0, 1);
+  file->wait();
+  file->sync();
+  std::printf("C++: %s, %lld bytes by %s\n", path, static_cast<long long>(file->size()), file->engine().c_str());
+  file->close();
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
   constexpr int64_t n = 48;
   constexpr int64_t k = 200;
   std::vector<float> weights(n * k);
@@ -37,6 +56,7 @@ int main() {
   std::printf("C++: %s, %s, %lld bytes, largest error %.2g\n", std::string(ng::isa_name(ng::isa())).c_str(),
               q.format().str().c_str(), static_cast<long long>(q.nbytes()), worst);
   if (!(worst < 1e-4)) return 1;
+  if (argc == 2) write_directly(argv[1]);
 
   try {
     ng::linear(ng::TensorView(x.data(), ng::DType::f32, {1, k - 1}), q.packed_view(), nullptr, y_view,

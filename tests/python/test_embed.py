@@ -1,6 +1,7 @@
 """C and C++ programs build against the installed package and run: by CMake's package and by pkg-config."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -33,7 +34,10 @@ def check_output(text: str, language: str) -> None:
 def test_cmake_package(tmp_path: Path) -> None:
     run("cmake", "-S", SOURCES, "-B", tmp_path, f"-Dnarrowgauge_DIR={package_path('--cmake-dir')}")
     run("cmake", "--build", tmp_path)
-    check_output(run(tmp_path / "consumer_cpp"), "C++")
+    output = run(tmp_path / "consumer_cpp", tmp_path / "direct")
+    check_output(output, "C++")
+    assert re.search(r"4194304 bytes by (io_uring|threads)", output)
+    assert (tmp_path / "direct").read_bytes()[250:253] == bytes([250, 0, 1])
 
     np = pytest.importorskip("numpy")
     weights = np.random.default_rng(0).standard_normal((3, 5, 70), dtype=np.float32)

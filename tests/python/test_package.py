@@ -53,6 +53,12 @@ def test_c_interface_is_in_the_static_library() -> None:
     assert declared <= set(re.findall(r" T (\w+)", symbols))
 
 
+def test_static_library_neither_needs_nor_offers_liburing() -> None:
+    symbols = binutil("nm", native_path().parent / "lib" / "libnarrowgauge.a")
+    uring = re.findall(r" (\w) (_*io_uring_\w+)", symbols)
+    assert {kind for kind, _ in uring} <= {"t"}, "only local functions"
+
+
 def test_instruction_set_objects_have_no_weak_symbols() -> None:
     """An inline function compiled for AVX-512 may be the copy that the linker keeps for everyone."""
     lines = binutil("nm", "-A", "-C", "--defined-only", native_path().parent / "lib" / "libnarrowgauge.a").splitlines()

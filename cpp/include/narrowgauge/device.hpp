@@ -12,7 +12,7 @@
 namespace ng {
 
 // Ordered: each includes all before it.
-//   avx2    AVX2, FMA, F16C, BMI2
+//   avx2    AVX2, FMA, F16C, BMI2, SSE4.2, PCLMULQDQ
 //   avx512  F, BW, DQ, VL, VBMI, VBMI2, VNNI, BF16; a CPU that lacks one of them runs avx2
 enum class Isa : uint8_t { portable, avx2, avx512 };
 

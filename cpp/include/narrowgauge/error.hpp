@@ -44,6 +44,20 @@ class FileCorrupt : public Error {
   using Error::Error;
 };
 
+// A checkpoint could not be saved, or was asked for something that it does not hold. Python:
+// narrowgauge.CheckpointError (a narrowgauge.Error).
+class CheckpointError : public Error {
+ public:
+  using Error::Error;
+};
+
+// A checkpoint is damaged or hostile: the message names file, tensor and chunk. Python: narrowgauge.CheckpointCorrupt (a
+// narrowgauge.FileCorrupt).
+class CheckpointCorrupt : public FileCorrupt {
+ public:
+  using FileCorrupt::FileCorrupt;
+};
+
 // Joins its arguments as text: concat("x has ", 3, " columns").
 template <typename... Parts>
 std::string concat(const Parts&... parts) {

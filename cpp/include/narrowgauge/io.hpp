@@ -61,13 +61,14 @@ void write_safetensors(const std::string& path, std::span<const FileTensor> tens
 
 // How transfers reach the kernel.
 enum class IoEngine : uint8_t {
-  automatic,  // io_uring where the build and the kernel have it, else threads
+  automatic,  // NARROWGAUGE_IO_ENGINE if set; else io_uring where the build and the kernel have it, else threads
   io_uring,
   threads,  // pread and pwrite on a few threads
 };
 
 // An open file with asynchronous transfers past the page cache (O_DIRECT) where the file system can, buffered where it
-// cannot (tmpfs). Used by one thread at a time. The destructor waits for what is in flight.
+// cannot (tmpfs). Used by one thread at a time, whichever it is; not by a child of the process that opened it. The
+// destructor waits for what is in flight.
 class DirectFile {
  public:
   virtual ~DirectFile() = default;
@@ -81,26 +82,29 @@ class DirectFile {
   virtual void register_memory(std::span<std::byte> memory) = 0;
 
   // Start a transfer. The memory must stay as it is until wait() has returned `tag`. Throw InvalidArgument if the
-  // transfer is not aligned.
+  // transfer is not aligned. A read may reach beyond the end of the file within the last block of alignment() bytes;
+  // what lies there reads as zeros.
   virtual void write(std::span<const std::byte> bytes, uint64_t offset, uint64_t tag) = 0;
   virtual void read(std::span<std::byte> bytes, uint64_t offset, uint64_t tag) = 0;
 
-  // Waits until one transfer is done and returns its tag. Throws SystemError (path, offset, length, errno) if it failed:
-  // EIO for a write that the kernel cuts short without progress; for a read beyond the end of the file FileCorrupt.
-  // Interrupted and short transfers are continued. After an error the file's other transfers still complete: wait for
-  // them, or destroy the file, before their memory goes.
-  // pre: in_flight() > 0.
+  // Waits until one transfer is done and returns its tag. Throws SystemError (path, offset, length, errno) if it
+  // failed: EIO for a write that the kernel cuts short without progress; for a read beyond the end of the file
+  // FileCorrupt. Interrupted and short transfers are continued. After an error the file's other transfers still
+  // complete: wait for them, or destroy the file, before their memory goes. pre: in_flight() > 0.
   virtual uint64_t wait() = 0;
   virtual int in_flight() const noexcept = 0;
 
-  // Reserves disk space for [0, bytes), so that a full disk is found before the writing; ENOSPC. Does nothing where the
-  // file system has no such call.
+  // Reserves disk space for [0, bytes), so that a full disk is found before the writing; ENOSPC. The file becomes at
+  // least that long. Does nothing where the file system has no such call.
   virtual void preallocate(uint64_t bytes) = 0;
+  // Waits for what is in flight, then cuts or extends the file.
   virtual void truncate(uint64_t bytes) = 0;
-  // Waits for what is in flight, then makes contents and length durable.
+  // Waits for what is in flight, then makes contents and length durable. Throws the first failure that wait() has not
+  // reported. After a failed sync all later ones fail too: the kernel may have dropped the bytes.
   virtual void sync() = 0;
   virtual uint64_t size() const = 0;
-  // Closes; errors that only close() reports are thrown. The destructor closes too, silently.
+  // Waits and closes. Throws the first failure that wait() has not reported, or what only close() reports. The
+  // destructor closes too, silently.
   virtual void close() = 0;
 
   // "io_uring", "io_uring, buffered", "threads" or "threads, buffered".

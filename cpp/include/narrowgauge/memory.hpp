@@ -1,8 +1,15 @@
-// Memory: an owned, aligned block, and the streaming read that measures what memory can deliver.
+// Memory: an owned, aligned block; pools, which keep memory for reuse; and the streaming read that measures what memory
+// can deliver.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "narrowgauge/executor.hpp"
 
@@ -29,6 +36,24 @@ class Buffer {
   size_t size_ = 0;
 };
 
+// A page: what direct I/O and mappings need.
+inline constexpr size_t kPoolAlignment = 4096;
+
+// What a pool holds at one instant, in bytes of whole pages; zero where a pool does not count.
+struct PoolStatistics {
+  size_t in_use = 0;        // held by callers
+  size_t blocks = 0;        // their number
+  size_t peak = 0;          // the largest in_use so far
+  size_t reserved = 0;      // had from the system: in use, cached and free
+  size_t cached = 0;        // free, but kept ready in the threads' caches
+  size_t largest_free = 0;  // the longest free run
+  uint64_t bad_frees = 0;   // calls of deallocate that named no block of that size, and were ignored
+
+  // 1 - largest_free / free: 0 while what is free is in one piece.
+  double fragmentation() const noexcept;
+  std::string to_string() const;
+};
+
 // Where blocks of memory come from: HostPool, and adaptors (limit, statistics) around any other Pool. Thread-safe.
 class Pool {
  public:
@@ -36,12 +61,106 @@ class Pool {
   // At least `bytes` bytes, aligned to kPoolAlignment; contents undefined; never null. Throws OutOfMemory with the
   // request and the pool's statistics.
   virtual void* allocate(size_t bytes) = 0;
-  // pre: `block` came from allocate(bytes) of this pool and is not used any more. From any thread.
+  // pre: `block` came from allocate(bytes) of this pool and is not used any more. From any thread. Null is ignored.
   virtual void deallocate(void* block, size_t bytes) noexcept = 0;
+  virtual PoolStatistics statistics() const { return {}; }
 };
 
-// A page: what direct I/O and mappings need.
-inline constexpr size_t kPoolAlignment = 4096;
+// Where the contents of a sleeping pool wait. A HostPool calls it from the thread that calls sleep() or wake(), one
+// call at a time, with none of the pool's locks held.
+class PageSink {
+ public:
+  virtual ~PageSink() = default;
+  // Keeps a copy of `bytes` under `key`. May throw: the pool then stays awake.
+  virtual void put(uint64_t key, std::span<const std::byte> bytes) = 0;
+  // Fills `bytes`, as long as they were, with what was put under `key`. May throw: the pool then stays asleep.
+  virtual void get(uint64_t key, std::span<std::byte> bytes) = 0;
+};
+
+struct HostPoolOptions {
+  bool huge_pages = true;  // ask for 2 MiB pages; false: refuse them
+  int numa_node = -1;      // bind all memory to this node; -1: as the system likes
+};
+
+// Page-aligned host memory out of large arenas that are faulted in before their first use, so that neither a block's
+// first touch nor its return costs a page fault. Arenas are whole multiples of 2 MiB in one range of addresses that is
+// reserved at the start, so neighbours merge, and grow by an eighth of the pool, or by the request where it is more.
+//
+// Blocks are whole pages, split and merged by size (src/memory/suballocator.hpp). Blocks of up to 64 KiB pass through
+// caches, of which each thread uses one: they belong to the pool and not to the thread, so that a thread may die and a
+// block may be freed anywhere. Memory goes back to the system by trim(), sleep() and the destructor only.
+//
+// A deallocate() that names no live block of that size (a wrong pointer or size, a second time) changes nothing and is
+// counted in statistics().bad_frees. After fork the child has its own copy. The destructor unmaps all blocks.
+class HostPool final : public Pool {
+ public:
+  // Throws InvalidArgument if there is no such node, OutOfMemory if no addresses can be reserved.
+  explicit HostPool(const HostPoolOptions& options = {});
+  ~HostPool() override;
+
+  // Throws InvalidArgument while the pool sleeps.
+  void* allocate(size_t bytes) override;
+  void deallocate(void* block, size_t bytes) noexcept override;
+  PoolStatistics statistics() const override;  // all but the peak, which StatisticsPool counts
+
+  // Empties the caches and gives back every free stretch of 2 MiB; returns the bytes given back. Nothing is given back
+  // while the pool sleeps.
+  size_t trim();
+
+  // Gives all physical pages back to the system; addresses stay. Until wake(), blocks may be freed but not allocated,
+  // and must not be used. The contents are lost, or first put into `sink`, which is kept until wake(). Memory that was
+  // registered for I/O must be released before, since the device would go on with the old pages.
+  // Throws InvalidArgument unless the pool is awake, SystemError if the kernel keeps pages (the pool is then asleep).
+  void sleep();
+  void sleep(std::shared_ptr<PageSink> sink);
+  // Faults all arenas in again and fetches what was put. Throws InvalidArgument unless the pool sleeps; after
+  // OutOfMemory, or an error of the sink, it sleeps on and wake() may be tried again.
+  void wake();
+  bool is_asleep() const;
+
+  // How much of the arenas lies in huge pages now, as the kernel reports it (/proc/self/smaps: slow).
+  size_t huge_page_bytes() const;
+
+ private:
+  class Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+// At most `limit` bytes in use, in whole pages: a request beyond it throws OutOfMemory. It bounds what callers hold;
+// what the pool below reserves may be more.
+class LimitPool final : public Pool {
+ public:
+  LimitPool(std::shared_ptr<Pool> pool, size_t limit);
+
+  void* allocate(size_t bytes) override;
+  void deallocate(void* block, size_t bytes) noexcept override;
+  PoolStatistics statistics() const override { return pool_->statistics(); }
+  size_t limit() const noexcept { return limit_; }
+
+ private:
+  std::shared_ptr<Pool> pool_;
+  const size_t limit_;
+  std::atomic<size_t> in_use_{0};
+};
+
+// Counts in_use, blocks and peak of what passes through it; the rest is the pool's below.
+class StatisticsPool final : public Pool {
+ public:
+  explicit StatisticsPool(std::shared_ptr<Pool> pool);
+
+  void* allocate(size_t bytes) override;
+  void deallocate(void* block, size_t bytes) noexcept override;
+  PoolStatistics statistics() const override;
+
+ private:
+  std::shared_ptr<Pool> pool_;
+  std::atomic<size_t> in_use_{0};
+  std::atomic<size_t> blocks_{0};
+  std::atomic<size_t> peak_{0};
+};
+
+// The NUMA nodes of this machine that are online, rising. {0} where the kernel knows none.
+std::vector<int> numa_nodes();
 
 // Asks for 2 MiB pages for the whole pages inside [data, data + bytes), before their first use. Advisory: a
 // kernel without them ignores it.

@@ -1,11 +1,13 @@
-// TensorView: a borrowed, strided view of somebody's array in host memory.
+// TensorView: a borrowed, strided view of somebody's array in host memory; Tensor: a view that owns its memory.
 //
-// It does not own. Shapes and strides count elements. Negative strides are refused by every function here.
+// Shapes and strides count elements. Negative strides are refused by every function here.
 #pragma once
 
 #include <array>
 #include <cstdint>
 #include <initializer_list>
+#include <memory>
+#include <span>
 #include <string>
 
 #include "narrowgauge/dtype.hpp"
@@ -29,6 +31,35 @@ struct TensorView {
   int64_t bytes() const noexcept { return numel() * static_cast<int64_t>(dtype_bytes(dtype)); }
   bool is_contiguous() const noexcept;
   std::string shape_str() const;  // "[2, 3]"
+};
+
+class Pool;
+
+// Memory, and how it is laid out. The memory may have several owners: it goes back when the last one is destroyed, from
+// whatever thread, and the pool that it came from lives at least as long. Move-only; share() makes another owner.
+class Tensor {
+ public:
+  Tensor() = default;
+
+  // A dense row-major tensor from `pool`, contents undefined; without elements it takes no memory. Throws
+  // InvalidArgument for more than kMaxDims axes, a negative length or a size that overflows; OutOfMemory.
+  static Tensor empty(std::shared_ptr<Pool> pool, std::span<const int64_t> shape, DType dtype);
+
+  // Memory that `owner` keeps alive: another library's, or a part of another tensor's.
+  Tensor(const TensorView& view, std::shared_ptr<void> owner) : view_(view), owner_(std::move(owner)) {}
+
+  Tensor(Tensor&&) noexcept = default;
+  Tensor& operator=(Tensor&&) noexcept = default;
+
+  Tensor share() const { return {view_, owner_}; }
+
+  const TensorView& view() const noexcept { return view_; }
+  const TensorView* operator->() const noexcept { return &view_; }
+  const std::shared_ptr<void>& owner() const noexcept { return owner_; }
+
+ private:
+  TensorView view_;
+  std::shared_ptr<void> owner_;
 };
 
 // A tensor as a matrix: the last axis is the row, the leading axes are flattened. Rows are dense (their elements

@@ -32,6 +32,7 @@ constexpr int kTile = 0x60000;  // TILECFG and TILEDATA
 constexpr std::array kFeatures = {
     Feature{"avx2", 7, 'b', 5, kYmm},         Feature{"fma", 1, 'c', 12, kYmm},
     Feature{"f16c", 1, 'c', 29, kYmm},        Feature{"bmi2", 7, 'b', 8, 0},
+    Feature{"sse4_2", 1, 'c', 20, 0},         Feature{"pclmulqdq", 1, 'c', 1, 0},
     Feature{"avx_vnni", 71, 'a', 4, kYmm},    Feature{"avx512f", 7, 'b', 16, kZmm},
     Feature{"avx512bw", 7, 'b', 30, kZmm},    Feature{"avx512dq", 7, 'b', 17, kZmm},
     Feature{"avx512vl", 7, 'b', 31, kZmm},    Feature{"avx512_vbmi", 7, 'c', 1, kZmm},
@@ -40,7 +41,7 @@ constexpr std::array kFeatures = {
     Feature{"amx_tile", 7, 'd', 24, kTile},   Feature{"amx_bf16", 7, 'd', 22, kTile},
     Feature{"amx_int8", 7, 'd', 25, kTile},
 };
-constexpr std::array<std::string_view, 4> kAvx2Needs = {"avx2", "fma", "f16c", "bmi2"};
+constexpr std::array<std::string_view, 6> kAvx2Needs = {"avx2", "fma", "f16c", "bmi2", "sse4_2", "pclmulqdq"};
 constexpr std::array<std::string_view, 8> kAvx512Needs = {"avx512f",     "avx512bw",     "avx512dq",    "avx512vl",
                                                           "avx512_vbmi", "avx512_vbmi2", "avx512_vnni", "avx512_bf16"};
 

@@ -2,6 +2,7 @@
 #include "io/file.hpp"
 
 #include <fcntl.h>
+#include <sys/mman.h>
 #include <sys/random.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -19,15 +20,6 @@ namespace {
 
 // Linux transfers at most 0x7ffff000 bytes per call; a round number below keeps the offsets aligned.
 constexpr size_t kMaxTransfer = size_t{1} << 30;
-
-// Calls f until it is not interrupted by a signal.
-template <typename F>
-auto retry(const F& f) {
-  while (true) {
-    const auto result = f();
-    if (result >= 0 || errno != EINTR) return result;
-  }
-}
 
 std::string random_name() {
   uint64_t number = 0;
@@ -63,6 +55,31 @@ size_t read_at(const FileDescriptor& file, std::span<std::byte> out, uint64_t of
     done += static_cast<size_t>(got);
   }
   return done;
+}
+
+Mapping::Mapping(const FileDescriptor& file, size_t size, const std::string& path) {
+  if (size == 0) return;
+  void* data = mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file.get(), 0);
+  if (data == MAP_FAILED) throw_system_error(errno, "map", path);
+  data_ = data;
+  size_ = size;
+}
+
+Mapping::~Mapping() {
+  if (size_ > 0) munmap(data_, size_);
+}
+
+ReadableFile open_readable(const std::string& path, bool follow) {
+  NG_CHECK(path.find('\0') == std::string::npos, InvalidArgument, "the path has a NUL byte: ", path.c_str());
+  // O_NONBLOCK: opening a FIFO must fail below, not wait for its writer.
+  const int flags = O_RDONLY | O_CLOEXEC | O_NONBLOCK | (follow ? 0 : O_NOFOLLOW);
+  ReadableFile out{FileDescriptor(open(path.c_str(), flags))};
+  struct stat status{};
+  if (out.file.get() < 0 || fstat(out.file.get(), &status) != 0) throw_system_error(errno, "open", path);
+  if (S_ISDIR(status.st_mode)) throw_system_error(EISDIR, "open", path);
+  NG_CHECK(S_ISREG(status.st_mode), FileCorrupt, path, ": not a regular file");
+  out.size = static_cast<uint64_t>(status.st_size);
+  return out;
 }
 
 AtomicFile::AtomicFile(const std::string& path) : path_(path) {

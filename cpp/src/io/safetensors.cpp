@@ -3,14 +3,8 @@
 // The header is read, not mapped, so that what was checked is what is used. The data is mapped privately and read-only;
 // a process that truncates the file in place while it is mapped makes later reads of it fatal (SIGBUS), as with any
 // mapping; replacing the file by rename, as write_safetensors does, is safe.
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-
 #include <array>
-#include <cerrno>
 #include <map>
-#include <utility>
 
 #include "io/file.hpp"
 #include "io/safetensors_header.hpp"
@@ -18,35 +12,6 @@
 #include "narrowgauge/io.hpp"
 
 namespace ng {
-namespace {
-
-// A whole file, mapped read-only. Move-only.
-class Mapping {
- public:
-  Mapping() = default;
-  Mapping(const FileDescriptor& file, size_t size, const std::string& path) : size_(size) {
-    data_ = mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file.get(), 0);
-    if (data_ == MAP_FAILED) throw_system_error(errno, "map", path);
-  }
-  ~Mapping() {
-    if (size_ > 0) munmap(data_, size_);
-  }
-  Mapping(Mapping&& other) noexcept
-      : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
-  Mapping& operator=(Mapping&& other) noexcept {
-    std::swap(data_, other.data_);
-    std::swap(size_, other.size_);
-    return *this;
-  }
-
-  std::span<const std::byte> bytes() const noexcept { return {static_cast<const std::byte*>(data_), size_}; }
-
- private:
-  void* data_ = nullptr;
-  size_t size_ = 0;
-};
-
-}  // namespace
 
 struct SafetensorsFile::Impl {
   std::string path;
@@ -57,15 +22,7 @@ struct SafetensorsFile::Impl {
 
 SafetensorsFile::SafetensorsFile(const std::string& path) : impl_(std::make_unique<Impl>()) {
   impl_->path = path;
-  NG_CHECK(path.find('\0') == std::string::npos, InvalidArgument, "the path has a NUL byte: ", path.c_str());
-  // O_NONBLOCK: opening a FIFO must fail below, not wait for its writer.
-  const FileDescriptor file(open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
-  struct stat status{};
-  if (file.get() < 0 || fstat(file.get(), &status) != 0) throw_system_error(errno, "open", path);
-  if (S_ISDIR(status.st_mode)) throw_system_error(EISDIR, "open", path);
-  NG_CHECK(S_ISREG(status.st_mode), FileCorrupt, path, ": not a regular file");
-
-  const auto size = static_cast<uint64_t>(status.st_size);
+  const auto [file, size] = open_readable(path);
   std::array<std::byte, sizeof(uint64_t)> prefix;
   NG_CHECK(read_at(file, prefix, 0, path) == prefix.size(), FileCorrupt, path, ": the file has ", size,
            " bytes; a safetensors file begins with 8 that give the header's length");
@@ -102,6 +59,7 @@ const std::string& SafetensorsFile::path() const noexcept { return impl_->path; 
 void write_safetensors(const std::string& path, std::span<const FileTensor> tensors,
                        const std::map<std::string, std::string>& metadata) {
   std::vector<FileTensor> ordered(tensors.begin(), tensors.end());
+  sort_for_file(ordered);
   const std::string header = make_safetensors_header(ordered, metadata);
   AtomicFile file(path);
   file.write(std::as_bytes(std::span(header)));

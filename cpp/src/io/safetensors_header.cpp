@@ -13,7 +13,6 @@
 namespace ng {
 namespace {
 
-constexpr uint64_t kDataAlignment = 64;
 constexpr const char* kMetadataKey = "__metadata__";
 
 struct FileDType {
@@ -25,13 +24,6 @@ constexpr std::array<FileDType, 20> kFileDTypes{{
     {"F8_E4M3", 8}, {"F8_E8M0", 8}, {"I16", 16},    {"U16", 16},    {"F16", 16}, {"BF16", 16}, {"I32", 32},
     {"U32", 32},    {"F32", 32},    {"F64", 64},    {"I64", 64},    {"U64", 64}, {"C64", 64},
 }};
-
-// Bits of one element; 0 if the format has no such dtype.
-uint64_t dtype_bits(std::string_view name) noexcept {
-  const auto* found =
-      std::find_if(kFileDTypes.begin(), kFileDTypes.end(), [&](const auto& t) { return t.name == name; });
-  return found == kFileDTypes.end() ? 0 : found->bits;
-}
 
 std::string dtype_names() {
   std::string out;
@@ -46,28 +38,6 @@ std::string shape_str(const std::vector<int64_t>& shape) {
     out += concat(i == 0 ? "" : ", ", shape[i]);
   }
   return out + "]";
-}
-
-// Why dtype and shape do not describe `bytes` bytes; empty if they do.
-std::string size_mismatch(const std::string& dtype, const std::vector<int64_t>& shape, uint64_t bytes) {
-  const uint64_t width = dtype_bits(dtype);
-  if (width == 0) return concat("has unknown dtype ", printable(dtype), "; the dtypes are ", dtype_names());
-  // Axes of length 0 do not excuse the others: strides are products of them too.
-  uint64_t bits = width;
-  bool empty = false;
-  for (const int64_t length : shape) {
-    if (length < 0) return concat("has a negative axis in shape ", shape_str(shape));
-    empty |= length == 0;
-    if (length > 0 && __builtin_mul_overflow(bits, static_cast<uint64_t>(length), &bits)) {
-      return concat("has a size that overflows 64 bits: shape ", shape_str(shape), " of ", dtype);
-    }
-  }
-  if (empty) bits = 0;
-  if (bits % 8 != 0) return concat("has ", bits, " bits, not whole bytes: shape ", shape_str(shape), " of ", dtype);
-  if (bits / 8 != bytes) {
-    return concat("has ", bytes, " bytes, but shape ", shape_str(shape), " of ", dtype, " takes ", bits / 8);
-  }
-  return {};
 }
 
 struct Entry {
@@ -118,6 +88,33 @@ Entry read_entry(JsonReader& json, const std::string& name) {
 
 }  // namespace
 
+uint64_t file_dtype_bits(std::string_view name) noexcept {
+  const auto* found =
+      std::find_if(kFileDTypes.begin(), kFileDTypes.end(), [&](const auto& t) { return t.name == name; });
+  return found == kFileDTypes.end() ? 0 : found->bits;
+}
+
+std::string size_mismatch(const std::string& dtype, const std::vector<int64_t>& shape, uint64_t bytes) {
+  const uint64_t width = file_dtype_bits(dtype);
+  if (width == 0) return concat("has unknown dtype ", printable(dtype), "; the dtypes are ", dtype_names());
+  // Axes of length 0 do not excuse the others: strides are products of them too.
+  uint64_t bits = width;
+  bool empty = false;
+  for (const int64_t length : shape) {
+    if (length < 0) return concat("has a negative axis in shape ", shape_str(shape));
+    empty |= length == 0;
+    if (length > 0 && __builtin_mul_overflow(bits, static_cast<uint64_t>(length), &bits)) {
+      return concat("has a size that overflows 64 bits: shape ", shape_str(shape), " of ", dtype);
+    }
+  }
+  if (empty) bits = 0;
+  if (bits % 8 != 0) return concat("has ", bits, " bits, not whole bytes: shape ", shape_str(shape), " of ", dtype);
+  if (bits / 8 != bytes) {
+    return concat("has ", bytes, " bytes, but shape ", shape_str(shape), " of ", dtype, " takes ", bits / 8);
+  }
+  return {};
+}
+
 SafetensorsHeader parse_safetensors_header(std::string_view json_text, std::span<const std::byte> data,
                                            const std::string& path) {
   NG_CHECK(json_text.starts_with('{'), FileCorrupt, path, ": the header does not begin with '{'");
@@ -154,8 +151,14 @@ SafetensorsHeader parse_safetensors_header(std::string_view json_text, std::span
   return out;
 }
 
-std::string make_safetensors_header(std::vector<FileTensor>& tensors,
-                                    const std::map<std::string, std::string>& metadata) {
+void sort_for_file(std::vector<FileTensor>& tensors) {
+  std::stable_sort(tensors.begin(), tensors.end(), [](const FileTensor& a, const FileTensor& b) {
+    return file_dtype_bits(a.dtype) > file_dtype_bits(b.dtype);
+  });
+}
+
+std::string make_safetensors_header(std::span<const FileTensor> tensors,
+                                    const std::map<std::string, std::string>& metadata, uint64_t alignment) {
   std::set<std::string_view> names;
   for (const FileTensor& tensor : tensors) {
     NG_CHECK(is_utf8(tensor.name), InvalidArgument, "tensor name ", printable(tensor.name), " is not UTF-8");
@@ -164,8 +167,6 @@ std::string make_safetensors_header(std::vector<FileTensor>& tensors,
     const std::string mismatch = size_mismatch(tensor.dtype, tensor.shape, tensor.bytes.size());
     NG_CHECK(mismatch.empty(), InvalidArgument, "tensor ", printable(tensor.name), " ", mismatch);
   }
-  std::stable_sort(tensors.begin(), tensors.end(),
-                   [](const FileTensor& a, const FileTensor& b) { return dtype_bits(a.dtype) > dtype_bits(b.dtype); });
 
   std::string json = "{";
   const auto key = [&](std::string_view name) {
@@ -194,7 +195,7 @@ std::string make_safetensors_header(std::vector<FileTensor>& tensors,
   json += '}';
 
   std::string out(sizeof(uint64_t), '\0');
-  const size_t total = (out.size() + json.size() + kDataAlignment - 1) / kDataAlignment * kDataAlignment;
+  const size_t total = (out.size() + json.size() + alignment - 1) / alignment * alignment;
   json.resize(total - out.size(), ' ');
   NG_CHECK(json.size() <= kMaxHeaderBytes, InvalidArgument, "the header takes ", json.size(),
            " bytes; safetensors allows ", kMaxHeaderBytes);

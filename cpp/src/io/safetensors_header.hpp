@@ -27,9 +27,18 @@ struct SafetensorsHeader {
 SafetensorsHeader parse_safetensors_header(std::string_view json, std::span<const std::byte> data,
                                            const std::string& path);
 
-// Sorts the tensors into file order and returns the file's first bytes: the length and the padded JSON header.
-// Throws InvalidArgument for what the parser would refuse.
-std::string make_safetensors_header(std::vector<FileTensor>& tensors,
-                                    const std::map<std::string, std::string>& metadata);
+// Sorts by falling element size, then as given: in this order all tensors are aligned to their elements.
+void sort_for_file(std::vector<FileTensor>& tensors);
+
+// The file's first bytes for tensors in file order: the length and the JSON header, padded to a multiple of
+// `alignment`. Throws InvalidArgument for what the parser would refuse.
+std::string make_safetensors_header(std::span<const FileTensor> tensors,
+                                    const std::map<std::string, std::string>& metadata, uint64_t alignment = 64);
+
+// Bits of one element of safetensors' dtype `name`; 0 if the format has no such dtype.
+uint64_t file_dtype_bits(std::string_view name) noexcept;
+
+// Why dtype and shape do not describe `bytes` bytes; empty if they do.
+std::string size_mismatch(const std::string& dtype, const std::vector<int64_t>& shape, uint64_t bytes);
 
 }  // namespace ng

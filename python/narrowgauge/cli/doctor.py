@@ -22,7 +22,7 @@ _READ_BYTES = 512 << 20  # well above any cache here
 _READ_RUNS = 5
 _ROOMS = ("quantize", "linear")  # those with kernels per instruction set
 _NEEDS = {
-    "avx2": ("avx2", "fma", "f16c", "bmi2"),
+    "avx2": ("avx2", "fma", "f16c", "bmi2", "sse4_2", "pclmulqdq"),
     "avx512": (
         "avx512f",
         "avx512bw",

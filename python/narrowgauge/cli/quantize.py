@@ -14,6 +14,7 @@ from rich.table import Table
 
 import narrowgauge as ng
 from narrowgauge import _native
+from narrowgauge._patterns import matches
 from narrowgauge.cli.generate import parse_dtype
 from narrowgauge.cli.output import JsonOption, Output, human_bytes, table
 from narrowgauge.importers import load_causal_lm, require, save_folder
@@ -194,8 +195,6 @@ def quantize_file(
 
 def chosen(layer: str, formats: Iterable[str], skip: Iterable[str] | None) -> str | None:
     """The first pattern that matches the layer's name or its last parts, as quantize_model() has it; None to skip."""
-    from narrowgauge.model import matches  # needs torch
-
     pattern = next(each for each in formats if matches(each, layer))
     default = () if pattern != "*" else _SKIPPED
     return None if any(matches(each, layer) for each in (default if skip is None else skip)) else pattern

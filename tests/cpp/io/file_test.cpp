@@ -1,11 +1,8 @@
 // Atomic replacement: whatever fails, the old file is as it was and nothing else is left behind.
 #include "io/file.hpp"
 
-#include <dlfcn.h>
 #include <fcntl.h>
 #include <gtest/gtest.h>
-#include <sched.h>
-#include <sys/mount.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -13,51 +10,15 @@
 
 #include <cerrno>
 #include <csignal>
-#include <functional>
 #include <string>
-#include <string_view>
 #include <thread>
 #include <utility>
 #include <vector>
 
+#include "io/system.hpp"
 #include "io/temporary_directory.hpp"
 #include "narrowgauge/error.hpp"
 #include "narrowgauge/io.hpp"
-
-namespace {
-
-// Stands in for a call on this thread: returns the errno to fail with, or -1 to go on.
-using Hook = std::function<int(int fd)>;
-thread_local const Hook* fsync_hook = nullptr;
-thread_local const Hook* close_hook = nullptr;
-
-class ScopedHook {
- public:
-  ScopedHook(const Hook*& slot, Hook hook) : slot_(slot), hook_(std::move(hook)) { slot_ = &hook_; }
-  ~ScopedHook() { slot_ = nullptr; }
-  ScopedHook(const ScopedHook&) = delete;
-  ScopedHook& operator=(const ScopedHook&) = delete;
-
- private:
-  const Hook*& slot_;
-  Hook hook_;
-};
-
-// The definition after this executable's: the C library's, or a sanitizer's that keeps count of descriptors.
-int call(const Hook* hook, const char* name, int fd) {
-  const int error = hook != nullptr ? (*hook)(fd) : -1;
-  const auto next = reinterpret_cast<int (*)(int)>(dlsym(RTLD_NEXT, name));
-  if (error < 0) return next(fd);
-  if (name == std::string_view("close")) next(fd);  // a close that fails has closed all the same
-  errno = error;
-  return -1;
-}
-
-}  // namespace
-
-// The executable's own definitions come before the C library's.
-extern "C" int fsync(int fd) { return call(fsync_hook, "fsync", fd); }
-extern "C" int close(int fd) { return call(close_hook, "close", fd); }
 
 namespace ng {
 namespace {
@@ -81,16 +42,6 @@ int errno_of_write(const std::string& path, std::span<const std::byte> bytes) {
     return error.errno_value();
   }
   return 0;
-}
-
-// Runs f in a child process with one thread; its result must be 0..255.
-template <typename F>
-int run_in_child(const F& f) {
-  const pid_t child = fork();
-  if (child == 0) _exit(f());
-  int status = 0;
-  EXPECT_EQ(waitpid(child, &status, 0), child);
-  return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
 }
 
 TEST(AtomicFile, NothingIsThereBeforeCommitAndAllIsAfter) {
@@ -201,19 +152,8 @@ TEST(AtomicFile, AWriteThatFailsLeavesTheOldFile) {
 TEST(AtomicFile, AFullDiskLeavesTheOldFile) {
   const TemporaryDirectory directory;
   const std::string path = directory / "x";
-  constexpr int kCannotMount = 200;
   const int result = run_in_child([&] {
-    // A mount of this child alone; without root, as the root of a user namespace where the kernel allows one.
-    const uid_t user = geteuid();
-    const gid_t group = getegid();
-    if (unshare(CLONE_NEWNS) != 0) {
-      if (unshare(CLONE_NEWUSER | CLONE_NEWNS) != 0) return kCannotMount;
-      write_text("/proc/self/setgroups", "deny");
-      write_text("/proc/self/uid_map", concat("0 ", user, " 1"));
-      write_text("/proc/self/gid_map", concat("0 ", group, " 1"));
-    }
-    if (mount(nullptr, "/", nullptr, MS_REC | MS_PRIVATE, nullptr) != 0) return kCannotMount;
-    if (mount("tmpfs", directory.path().c_str(), "tmpfs", 0, "size=1m") != 0) return kCannotMount;
+    if (!mount_small_disk(directory.path(), "1m")) return kCannotMount;
     const std::vector<std::byte> bytes(600'000, std::byte{7});
     if (const int error = errno_of_write(path, bytes); error != 0) return error;
     const std::string old = read_text(path);

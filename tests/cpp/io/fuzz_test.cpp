@@ -7,6 +7,7 @@
 #include <string_view>
 #include <vector>
 
+#include "../../fuzz/mutate.hpp"
 #include "../../fuzz/targets.hpp"
 
 namespace ng {
@@ -65,32 +66,6 @@ constexpr std::string_view kWords[] = {
     "\xed\xa0\x80",
 };
 
-std::string mutate(std::string text, std::mt19937_64& random) {
-  const auto below = [&](size_t limit) { return static_cast<size_t>(random() % limit); };
-  for (size_t edits = 1 + below(4); edits > 0; --edits) {
-    const size_t at = below(text.size() + 1);
-    switch (below(6)) {
-      case 0:
-        if (at < text.size()) text[at] = static_cast<char>(text[at] ^ (1 << below(8)));
-        break;
-      case 1: text.erase(at, 1 + below(8)); break;
-      case 2: text.insert(at, kWords[below(std::size(kWords))]); break;
-      case 3: text.insert(at, text.substr(below(text.size() + 1), 1 + below(40))); break;
-      case 4: {
-        // One digit: the mutation that keeps the syntax and breaks the sizes.
-        const size_t digit = text.find_first_of("0123456789", at);
-        if (digit != std::string::npos) text[digit] = static_cast<char>('0' + below(10));
-        break;
-      }
-      default: {
-        const std::string& other = corpus()[below(corpus().size())];
-        text = text.substr(0, at) + other.substr(below(other.size() + 1));
-      }
-    }
-  }
-  return text;
-}
-
 TEST(Fuzz, TheCorpusItselfIsRead) {
   for (const std::string& input : corpus()) EXPECT_TRUE(fuzz::safetensors(input)) << input;
 }
@@ -101,8 +76,8 @@ TEST(Fuzz, MutatedHeadersAreRefusedOrKeepThePromises) {
   constexpr size_t kInputs = 40'000;
   for (size_t i = 0; i < kInputs; ++i) {
     // Every fourth text builds on a mutation of a mutation.
-    std::string text = mutate(corpus()[random() % corpus().size()], random);
-    if (i % 4 == 0) text = mutate(std::move(text), random);
+    std::string text = fuzz::mutate(corpus()[random() % corpus().size()], corpus(), kWords, random);
+    if (i % 4 == 0) text = fuzz::mutate(std::move(text), corpus(), kWords, random);
     read += fuzz::safetensors(text);
     fuzz::json(std::string_view(text).substr(0, text.find('\0')));
   }

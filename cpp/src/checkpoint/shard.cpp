@@ -1,0 +1,298 @@
+// Layout, snapshot and the write loop.
+#include "checkpoint/shard.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <exception>
+#include <map>
+#include <set>
+#include <utility>
+
+#include "checkpoint/manifest.hpp"
+#include "checkpoint/region.hpp"
+#include "io/crc32c.hpp"
+#include "io/json.hpp"
+#include "io/safetensors_header.hpp"
+#include "narrowgauge/executor.hpp"
+
+namespace ng {
+namespace {
+
+constexpr uint64_t kTransfer = uint64_t{4} << 20;     // one request: long enough for any disk, four chunks
+constexpr uint64_t kMinInPlace = uint64_t{64} << 10;  // below this a copy costs less than a request of its own
+constexpr int kQueueDepth = 8;
+constexpr uint64_t kInPlace = ~uint64_t{0};  // tag of a transfer that uses no staging buffer
+
+constexpr uint64_t round_up(uint64_t value, uint64_t to) { return (value + to - 1) / to * to; }
+
+void check_part(const CheckpointPart& part) {
+  const uint64_t bits = file_dtype_bits(part.dtype);
+  NG_CHECK(bits != 0 && bits % 8 == 0, InvalidArgument, "tensor ", printable(part.name), " has dtype ",
+           printable(part.dtype), ", expected one of safetensors' with whole bytes");
+  int64_t extent = static_cast<int64_t>(bits / 8);
+  for (const int64_t length : part.shape) {
+    NG_CHECK(length >= 0 && (length == 0 || !__builtin_mul_overflow(extent, length, &extent)), InvalidArgument,
+             "tensor ", printable(part.name), " has a negative axis or a size that overflows 63 bits");
+  }
+  const std::string mismatch = region_mismatch(part.region, part.shape);
+  NG_CHECK(mismatch.empty(), InvalidArgument, "tensor ", printable(part.name), ": the region ", mismatch);
+  const uint64_t expected = static_cast<uint64_t>(part.region.numel()) * (bits / 8);
+  NG_CHECK(part.bytes.size() == expected, InvalidArgument, "tensor ", printable(part.name), ": region ",
+           region_str(part.region), " has ", part.bytes.size(), " bytes of memory, expected ", expected);
+}
+
+// The shape that a part has in its file, and what its name says of it there: nothing for a whole tensor, the place
+// where a fragment begins otherwise.
+FileTensor file_tensor(const CheckpointPart& part) {
+  FileTensor out{part.name, part.dtype, {}, part.bytes};
+  const Region& region = part.region;
+  if (region == Region::whole(part.shape)) {
+    out.shape = part.shape;
+    return out;
+  }
+  std::string start;
+  for (const auto& [low, high] : region.bounds) {
+    start += concat(start.empty() ? "@" : ",", low);
+    out.shape.push_back(high - low);
+  }
+  out.name += start;
+  return out;
+}
+
+// Waits for what is in flight on every way out: the memory that it uses must not go first.
+class Drain {
+ public:
+  explicit Drain(DirectFile& file) : file_(file) {}
+  ~Drain() {
+    while (file_.in_flight() > 0) {
+      try {
+        file_.wait();
+      } catch (const std::exception&) {  // the error that led here is the one to report
+      }
+    }
+  }
+  Drain(const Drain&) = delete;
+  Drain& operator=(const Drain&) = delete;
+
+ private:
+  DirectFile& file_;
+};
+
+}  // namespace
+
+Shard::Shard(std::vector<CheckpointPart> parts, int64_t step, ShardMemory& memory)
+    : parts_(std::move(parts)), step_(step), memory_(memory) {
+  std::vector<std::pair<FileTensor, const CheckpointPart*>> tensors;
+  std::set<std::string> names;
+  for (const CheckpointPart& part : parts_) {
+    check_part(part);
+    tensors.emplace_back(file_tensor(part), &part);
+    // A tensor may be called as another's fragment would be; the manifest goes by place, so any other name will do.
+    while (!names.insert(tensors.back().first.name).second) tensors.back().first.name += '\'';
+  }
+  std::stable_sort(tensors.begin(), tensors.end(), [](const auto& a, const auto& b) {
+    const auto rank = [](const FileTensor& tensor) {
+      const bool whole_blocks = tensor.bytes.size() % kBlock == 0;
+      return std::pair(!whole_blocks, whole_blocks ? 0 : -static_cast<int64_t>(file_dtype_bits(tensor.dtype)));
+    };
+    return rank(a.first) < rank(b.first);
+  });
+  std::vector<FileTensor> ordered;
+  ordered.reserve(tensors.size());
+  for (auto& [tensor, part] : tensors) ordered.push_back(std::move(tensor));
+  header_ = make_safetensors_header(ordered, {{"format", "pt"}, {"step", std::to_string(step)}}, kBlock);
+
+  const auto* header = reinterpret_cast<const std::byte*>(header_.data());
+  segments_.push_back({nullptr, {}, 0, header_.size(), header, false, {0}});
+  file_bytes_ = header_.size();
+  for (size_t i = 0; i < ordered.size(); ++i) {
+    const CheckpointPart& part = *tensors[i].second;
+    const uint64_t bytes = part.bytes.size();
+    segments_.push_back({&part, std::move(ordered[i].name), file_bytes_, bytes, part.bytes.data(), part.borrowed,
+                         std::vector<uint32_t>(chunk_count(bytes, kChunk), 0)});
+    file_bytes_ += bytes;
+  }
+}
+
+void Shard::snapshot() {
+  struct Piece {
+    std::byte* to;
+    const std::byte* from;
+    uint64_t bytes;
+  };
+  // Every copy has the alignment in the image that it has in the file, so that it is written from there.
+  std::vector<uint64_t> places;
+  uint64_t size = 0;
+  uint64_t end_in_file = 0;
+  for (const Segment& segment : segments_) {
+    if (segment.borrowed) continue;
+    if (segment.offset != end_in_file) size = round_up(size, kBlock) + segment.offset % kBlock;
+    places.push_back(size);
+    size += segment.bytes;
+    end_in_file = segment.offset + segment.bytes;
+  }
+  if (memory_.image.size() < size) {
+    memory_.image = Buffer();  // first, so that the two are never there together
+    memory_.image = Buffer(round_up(std::max(size, uint64_t{8} << 20), uint64_t{2} << 20));
+  }
+  std::vector<Piece> pieces;
+  size_t next = 0;
+  for (Segment& segment : segments_) {
+    if (segment.borrowed) continue;
+    std::byte* to = memory_.image.data() + places[next++];
+    for (uint64_t at = 0; at < segment.bytes; at += kChunk) {
+      pieces.push_back({to + at, segment.data + at, std::min(kChunk, segment.bytes - at)});
+    }
+    segment.data = to;
+  }
+  default_executor().parallel_for(static_cast<int64_t>(pieces.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Piece& piece = pieces[static_cast<size_t>(i)];
+      std::memcpy(piece.to, piece.from, piece.bytes);
+    }
+  });
+}
+
+// Extends the checksums of the segment by [at, at + length) of it, and copies that unless copy_to is null.
+void Shard::checksum(Segment& segment, uint64_t at, uint64_t length, std::byte* copy_to) {
+  const uint64_t chunk = chunk_of(segment);
+  while (length > 0) {
+    const uint64_t part = std::min(length, chunk - at % chunk);
+    uint32_t& sum = segment.checksums[at / chunk];
+    const std::span<const std::byte> bytes(segment.data + at, part);
+    sum = copy_to != nullptr ? crc32c_copy(sum, bytes, copy_to) : crc32c(sum, bytes);
+    if (copy_to != nullptr) copy_to += part;
+    at += part;
+    length -= part;
+  }
+}
+
+// How many bytes from `position` on, which is in segment `index`, are written from where they are; 0 if a copy is
+// better. Neighbours in the file that are neighbours in memory, as in the image, go together.
+uint64_t Shard::in_place(size_t index, uint64_t position, uint64_t block) const noexcept {
+  const std::byte* data = segments_[index].data + (position - segments_[index].offset);
+  if (reinterpret_cast<uintptr_t>(data) % block != 0) return 0;
+  uint64_t length = 0;
+  for (; index < segments_.size() && length < kTransfer; ++index) {
+    const Segment& segment = segments_[index];
+    if (segment.bytes == 0) continue;
+    const uint64_t at = position + length - segment.offset;
+    if (segment.data + at != data + length) break;
+    length += segment.bytes - at;
+  }
+  length = std::min(length, kTransfer) / block * block;
+  return length >= kMinInPlace ? length : 0;
+}
+
+// Fills a staging buffer with the file's bytes from `position`, which is in segment `index`, up to the next place where
+// writing in place pays; pads the file's end to a block with zeros. Returns the length.
+uint64_t Shard::stage(size_t index, uint64_t position, uint64_t block, std::byte* out) {
+  uint64_t length = 0;
+  while (length < kTransfer && index < segments_.size()) {
+    Segment& segment = segments_[index];
+    const uint64_t at = position + length - segment.offset;
+    if (length > 0 && length % block == 0 && in_place(index, position + length, block) > 0) break;
+    const uint64_t part = std::min(segment.bytes - at, kTransfer - length);
+    checksum(segment, at, part, out + length);
+    length += part;
+    if (at + part == segment.bytes) ++index;
+  }
+  const uint64_t padded = round_up(length, block);
+  std::memset(out + length, 0, padded - length);
+  return padded;
+}
+
+void Shard::write(FileSystem& files, const std::string& directory, const std::string& name,
+                  const std::function<void()>& released, const std::function<void(uint64_t, uint64_t)>& progress) {
+  name_ = name;
+  const std::unique_ptr<DirectFile> file = files.create(directory + "/" + name);
+  const Drain drain(*file);
+  engine_ = file->engine();
+  const uint64_t block = file->alignment();
+  const int depth = std::min(file->queue_depth(), kQueueDepth);
+  file->preallocate(round_up(file_bytes_, block));
+
+  std::vector<uint64_t> idle;  // staging buffers, by their tag
+  if (memory_.ring.size() != 0) file->register_memory({memory_.ring.data(), memory_.ring.size()});
+  for (int i = 0; i < depth; ++i) idle.push_back(static_cast<uint64_t>(i));
+  const auto wait = [&] {
+    const uint64_t tag = file->wait();
+    if (tag != kInPlace) idle.push_back(tag);
+  };
+
+  size_t index = 0;
+  uint64_t position = 0;
+  while (position < file_bytes_) {
+    while (segments_[index].offset + segments_[index].bytes <= position) ++index;
+    while (file->in_flight() >= depth) wait();
+    if (const uint64_t length = in_place(index, position, block); length > 0) {
+      const std::byte* data = segments_[index].data + (position - segments_[index].offset);
+      const uint64_t end = position + length;
+      for (size_t i = index; position < end; ++i) {
+        Segment& segment = segments_[i];
+        const uint64_t at = position - segment.offset;
+        const uint64_t part = std::min(segment.bytes - at, end - position);
+        checksum(segment, at, part, nullptr);
+        if (segment.borrowed) borrowed_bytes_ += part;
+        position += part;
+      }
+      file->write({data, length}, end - length, kInPlace);
+    } else {
+      if (memory_.ring.size() == 0) {
+        memory_.ring = Buffer(kQueueDepth * kTransfer);
+        file->register_memory({memory_.ring.data(), memory_.ring.size()});
+      }
+      while (idle.empty()) wait();
+      const uint64_t tag = idle.back();
+      idle.pop_back();
+      std::byte* buffer = memory_.ring.data() + tag * kTransfer;
+      const uint64_t staged = stage(index, position, block, buffer);
+      file->write({buffer, staged}, position, tag);
+      position += staged;
+    }
+    if (progress) progress(std::min(position, file_bytes_), file_bytes_);
+  }
+  while (file->in_flight() > 0) wait();
+  released();
+  file->truncate(file_bytes_);
+  file->sync();
+  file->close();
+}
+
+Manifest Shard::report() const {
+  Manifest out;
+  out.step = step_;
+  out.chunk_bytes = kChunk;
+  out.files.push_back({name_, file_bytes_, segments_[0].bytes, segments_[0].checksums[0]});
+  std::map<std::string_view, size_t> known;
+  for (const Segment& segment : segments_) {
+    if (segment.part == nullptr) continue;
+    const CheckpointPart& part = *segment.part;
+    const auto [found, added] = known.emplace(part.name, out.tensors.size());
+    if (added) out.tensors.push_back({part.name, part.dtype, part.shape, {}});
+    out.tensors[found->second].regions.push_back({part.region, 0, segment.offset, segment.bytes, segment.checksums});
+  }
+  return out;
+}
+
+void write_durable(FileSystem& files, const std::string& path, std::string_view text) {
+  const std::unique_ptr<DirectFile> file = files.create(path);
+  const uint64_t block = file->alignment();
+  const uint64_t padded = round_up(text.size(), std::max<uint64_t>(block, kBlock));
+  Buffer buffer(padded + kBlock);  // Buffer aligns to 64
+  const auto address = round_up(reinterpret_cast<uintptr_t>(buffer.data()), kBlock);
+  auto* data = buffer.data() + (address - reinterpret_cast<uintptr_t>(buffer.data()));
+  std::memcpy(data, text.data(), text.size());
+  std::memset(data + text.size(), 0, padded - text.size());
+  const Drain drain(*file);
+  for (uint64_t at = 0; at < padded; at += kTransfer) {
+    if (file->in_flight() >= file->queue_depth()) file->wait();
+    file->write({data + at, std::min(kTransfer, padded - at)}, at, 0);
+  }
+  while (file->in_flight() > 0) file->wait();
+  file->truncate(text.size());
+  file->sync();
+  file->close();
+}
+
+}  // namespace ng

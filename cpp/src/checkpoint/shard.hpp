@@ -1,0 +1,84 @@
+// One writer's file: a plain safetensors file whose bytes go from memory to disk with as few copies as they need.
+//
+//   | header, padded to a block | parts of whole blocks, as given | the rest, by falling element size | end, not padded
+//
+// So a part whose address and size are multiples of a block is written from where it is; everything else passes through
+// a ring of staging buffers or lies in an image of the file that snapshot() has made. Checksums are taken in the pass
+// that copies, or in one that reads what is written in place.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "io/file_system.hpp"
+#include "narrowgauge/checkpoint.hpp"
+#include "narrowgauge/memory.hpp"
+
+namespace ng {
+
+inline constexpr uint64_t kBlock = 4096;               // what data begins on; every known disk's block divides it
+inline constexpr uint64_t kChunk = uint64_t{1} << 20;  // bytes under one checksum
+
+// Memory that a Checkpointer keeps from one save to the next.
+struct ShardMemory {
+  Buffer image;  // copies of what is not borrowed
+  Buffer ring;   // staging buffers
+};
+
+class Shard {
+ public:
+  // Lays the parts out. Throws InvalidArgument for a part that is not what it claims. Borrows the memory of the parts
+  // and `memory`.
+  Shard(std::vector<CheckpointPart> parts, int64_t step, ShardMemory& memory);
+
+  // Copies all that is not borrowed into the image, on all threads. After it only borrowed memory is read.
+  void snapshot();
+
+  // Creates `directory/name` and writes all bytes; the length is set, the file synced and closed. `released` is called
+  // once, when no borrowed memory is read any more and before the file is durable; it may throw to give up. Throws
+  // SystemError.
+  void write(FileSystem& files, const std::string& directory, const std::string& name,
+             const std::function<void()>& released, const std::function<void(uint64_t, uint64_t)>& progress);
+
+  // What the manifest says of this file. pre: write() has returned.
+  Manifest report() const;
+
+  uint64_t bytes() const noexcept { return file_bytes_; }
+  uint64_t borrowed_bytes() const noexcept { return borrowed_bytes_; }  // written without a copy
+  const std::string& engine() const noexcept { return engine_; }
+
+ private:
+  // A run of the file that lies in one piece of memory: the header, or a part.
+  struct Segment {
+    const CheckpointPart* part;  // of parts_; null: the header
+    std::string name;            // in the file
+    uint64_t offset;             // in the file
+    uint64_t bytes;
+    const std::byte* data;
+    bool borrowed;
+    std::vector<uint32_t> checksums;  // of the chunks; one for the whole header
+  };
+
+  uint64_t chunk_of(const Segment& segment) const noexcept { return segment.part != nullptr ? kChunk : file_bytes_; }
+  void checksum(Segment& segment, uint64_t at, uint64_t length, std::byte* copy_to);
+  uint64_t in_place(size_t index, uint64_t position, uint64_t block) const noexcept;
+  uint64_t stage(size_t index, uint64_t position, uint64_t block, std::byte* out);
+
+  std::vector<CheckpointPart> parts_;
+  int64_t step_;
+  ShardMemory& memory_;
+  std::string header_;
+  std::string name_;
+  std::vector<Segment> segments_;  // in the file's order; empty ones too
+  uint64_t file_bytes_ = 0;
+  uint64_t borrowed_bytes_ = 0;
+  std::string engine_;
+};
+
+// Writes `text` as a new durable file.
+void write_durable(FileSystem& files, const std::string& path, std::string_view text);
+
+}  // namespace ng

@@ -1,0 +1,86 @@
+// Adaptors around any pool: a limit, and counts. Their counters are atomic; memory that is freed by one thread may be
+// allocated by another at once.
+#include "narrowgauge/error.hpp"
+#include "narrowgauge/memory.hpp"
+
+namespace ng {
+namespace {
+
+// Whole pages, as pools hand them out; saturated, since such a request fails in the pool.
+size_t in_pages(size_t bytes) noexcept {
+  const size_t most = ~size_t{0} / kPoolAlignment;
+  const size_t pages = bytes / kPoolAlignment + (bytes % kPoolAlignment != 0 || bytes == 0 ? 1 : 0);
+  return (pages < most ? pages : most) * kPoolAlignment;
+}
+
+}  // namespace
+
+double PoolStatistics::fragmentation() const noexcept {
+  const size_t free = reserved - in_use;
+  return free == 0 ? 0.0 : 1.0 - static_cast<double>(largest_free) / static_cast<double>(free);
+}
+
+std::string PoolStatistics::to_string() const {
+  return concat("in use ", in_use, " bytes in ", blocks, " blocks, peak ", peak, ", reserved ", reserved, ", cached ",
+                cached, ", largest free ", largest_free, ", fragmentation ", fragmentation());
+}
+
+LimitPool::LimitPool(std::shared_ptr<Pool> pool, size_t limit) : pool_(std::move(pool)), limit_(limit) {
+  NG_CHECK(pool_ != nullptr, InvalidArgument, "LimitPool: the pool is null");
+}
+
+void* LimitPool::allocate(size_t bytes) {
+  const size_t size = in_pages(bytes);
+  size_t seen = in_use_.load(std::memory_order_relaxed);
+  do {
+    if (size > limit_ || seen > limit_ - size) [[unlikely]] {
+      throw OutOfMemory(concat("cannot allocate ", bytes, " bytes: ", seen, " bytes are in use and the limit is ",
+                               limit_, " (", pool_->statistics().to_string(), ")"));
+    }
+  } while (!in_use_.compare_exchange_weak(seen, seen + size, std::memory_order_relaxed));
+  try {
+    return pool_->allocate(bytes);
+  } catch (...) {
+    in_use_.fetch_sub(size, std::memory_order_relaxed);
+    throw;
+  }
+}
+
+void LimitPool::deallocate(void* block, size_t bytes) noexcept {
+  if (block == nullptr) return;
+  pool_->deallocate(block, bytes);
+  in_use_.fetch_sub(in_pages(bytes), std::memory_order_relaxed);
+}
+
+StatisticsPool::StatisticsPool(std::shared_ptr<Pool> pool) : pool_(std::move(pool)) {
+  NG_CHECK(pool_ != nullptr, InvalidArgument, "StatisticsPool: the pool is null");
+}
+
+void* StatisticsPool::allocate(size_t bytes) {
+  void* block = pool_->allocate(bytes);
+  const size_t size = in_pages(bytes);
+  const size_t now = in_use_.fetch_add(size, std::memory_order_relaxed) + size;
+  blocks_.fetch_add(1, std::memory_order_relaxed);
+  size_t peak = peak_.load(std::memory_order_relaxed);
+  while (peak < now && !peak_.compare_exchange_weak(peak, now, std::memory_order_relaxed)) {
+  }
+  return block;
+}
+
+void StatisticsPool::deallocate(void* block, size_t bytes) noexcept {
+  if (block == nullptr) return;
+  // First, so that the memory is not counted twice when another thread takes it at once.
+  in_use_.fetch_sub(in_pages(bytes), std::memory_order_relaxed);
+  blocks_.fetch_sub(1, std::memory_order_relaxed);
+  pool_->deallocate(block, bytes);
+}
+
+PoolStatistics StatisticsPool::statistics() const {
+  PoolStatistics out = pool_->statistics();
+  out.in_use = in_use_.load(std::memory_order_relaxed);
+  out.blocks = blocks_.load(std::memory_order_relaxed);
+  out.peak = peak_.load(std::memory_order_relaxed);
+  return out;
+}
+
+}  // namespace ng

@@ -1,0 +1,371 @@
+"""Checkpointer: saves a training state in the background, alone or together with the other ranks of a process group.
+
+The state is taken apart on the caller's thread (state.py), the ranks agree on who writes what (plan.py), and the native
+writer copies, writes and commits. What the ranks say to each other goes over two gloo groups of their own: one for the
+calls of save(), one for the background.
+"""
+
+from __future__ import annotations
+
+import atexit
+import math
+import os
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from narrowgauge import _native
+from narrowgauge._arrays import is_torch
+from narrowgauge._native import Format
+from narrowgauge.checkpoint.adopt import Adopter
+from narrowgauge.checkpoint.plan import Plan, Region, describe, plan_alone
+from narrowgauge.checkpoint.state import Encoded, Stored, encode
+from narrowgauge.checkpoint.tensors import FILE_BYTES
+from narrowgauge.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+_MODES = ("snapshot", "deferred")
+_WHEN_BUSY = ("wait", "skip", "error")
+_SLICE = 0.1  # seconds between looks at the interpreter's signals while waiting
+
+
+class SaveReport(NamedTuple):
+    """What the last committed save did, on this rank."""
+
+    step: int
+    path: Path
+    bytes: int  # written by this rank
+    borrowed_bytes: int  # of those, straight from the state's memory, without a copy
+    blocked_seconds: float  # of the native part of save(); what came before is the walk over the state
+    seconds: float  # from save() to the commit
+    cpu_seconds: float  # of the writer thread
+    engine: str  # how bytes reached the disk, such as 'io_uring'
+
+
+class Checkpointer:
+    """Saves checkpoints into a directory of its own; one at a time per directory, which it locks.
+
+    >>> with ng.Checkpointer("run", keep=3) as ck:
+    ...     ck.save(step, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step})
+
+    save() returns as soon as the state may change again; the checkpoint is committed in the background. What goes wrong
+    there is raised by the next call, and the checkpoints before are as they were. Use it from one thread. A forked
+    child cannot use it: CheckpointError.
+
+    keep, keep_every: committed steps that are kept, the newest `keep` (None: all) and the multiples of `keep_every`.
+
+    mode: 'snapshot' copies the whole state into staging memory before save() returns; it is kept for the next save, so
+    the first one takes longer and the process grows by the size of the state. 'deferred' copies all but the parameters
+    and the state of attached optimizers (attach), which are read in the background until the optimizer's next step: the
+    first that changes them waits. Whatever else changes one of them before that, is found by its version counter, and
+    the save fails with CheckpointError. (Changes through `.data` or numpy have no counter and are not found.)
+
+    when_busy: what save() does while another save runs: 'wait', 'skip' (returns False) or 'error'.
+
+    process_group: the ranks that save together, each calling save() with the same steps; by default all, where
+    torch.distributed is initialised, else this process alone. Whatever several ranks hold is written once, in shares.
+    timeout: seconds after which a rank that does not answer is an error.
+
+    progress: called in the background with (bytes written, bytes in all) of this rank's file.
+
+    format: {pattern: Format} for float tensors to be stored narrow, by name or its last parts, such as
+    {"exp_avg": ng.fp8}. They come back in their own dtype, rounded.
+
+    OSError if the directory cannot be used, CheckpointError if another Checkpointer has it.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep: int | None = None,
+        keep_every: int | None = None,
+        mode: str = "snapshot",
+        when_busy: str = "wait",
+        process_group: torch.distributed.ProcessGroup | None = None,
+        timeout: float = 600.0,
+        progress: Callable[[int, int], None] | None = None,
+        format: Mapping[str, Format | str] | None = None,
+    ) -> None:
+        if keep is not None and keep < 1:
+            raise ValueError(f"keep is {keep}, expected at least 1, or None to keep all")
+        if keep_every is not None and keep_every < 1:
+            raise ValueError(f"keep_every is {keep_every}, expected at least 1, or None")
+        self.directory = Path(directory)
+        self._mode = _one_of(mode, _MODES, "mode")
+        self._when_busy = _one_of(when_busy, _WHEN_BUSY, "when_busy")
+        self._formats = dict(format or {})
+        self._optimizers: dict[int, weakref.ref[Any]] = {}
+        self._hooks: list[Any] = []
+        self._adopter: Adopter | None = None
+        self._held: list[Any] = []  # memory that the background reads
+        self._process = os.getpid()
+        self._ranks = _ranks(process_group, timeout)
+        rank, size, exchange = 0, 1, None
+        if self._ranks is not None:
+            rank, size, exchange = self._ranks.rank, self._ranks.size, self._ranks.in_background
+        failure: Exception | None = None
+        try:
+            self._native = _native.Checkpointer(
+                self.directory, keep or 0, keep_every or 0, rank, size, exchange, progress
+            )
+        except Exception as error:
+            failure = error
+        if self._ranks is not None:
+            self._ranks.agree(failure, "cannot open the directory")
+        if failure is not None:
+            raise failure
+        _open.add(self)
+
+    def save(self, step: int, state: Any, *, mode: str | None = None, overwrite: bool = False) -> bool:
+        """Starts to save `state` as `step`; returns once it may change, True, or False if it was skipped.
+
+        state: dicts, lists, tuples and other plain values with torch tensors, numpy arrays and QTensors at any depth.
+        overwrite: replace the step if it exists; the new one is committed before the old one goes.
+
+        What the save before failed with is raised here. TypeError or ValueError, with the place in the state, for what
+        cannot be stored; CheckpointError if the step exists. Then nothing was started.
+        """
+        mode = self._mode if mode is None else _one_of(mode, _MODES, "mode")
+        if mode == "deferred" and not self._optimizers:
+            raise ValueError("mode is 'deferred', which needs an optimizer that waits for it: call attach(optimizer)")
+        if self._skips():
+            return False
+        rank = 0 if self._ranks is None else self._ranks.rank
+        encoded: Encoded | None = None
+        failure: Exception | None = None
+        try:
+            self.wait()
+            if step < 0:
+                raise ValueError(f"step is {step}, expected at least 0")
+            if not overwrite and step in _native.checkpoint_steps(self.directory):
+                raise CheckpointError(f"step {step} exists in {self.directory}; overwrite=True replaces it")
+            encoded = encode(state, self._formats, rank)
+        except Exception as error:
+            failure = error
+        if self._ranks is not None:
+            agreed = self._ranks.plan(b"" if encoded is None else describe(encoded), failure)
+        elif failure is not None:
+            raise failure
+        else:
+            assert encoded is not None
+            agreed = plan_alone(encoded)
+        assert encoded is not None
+        self._start(step, agreed, rank, encoded.tensors, mode, overwrite)
+        return True
+
+    def _start(self, step: int, agreed: Plan, rank: int, tensors: list[Stored], mode: str, overwrite: bool) -> None:
+        lent = self._lent() if mode == "deferred" else frozenset()
+        parts: list[Any] = []
+        watched: list[Any] = []
+        held: list[Any] = []
+        dense: dict[int, tuple[int, int, bool]] = {}  # a stored tensor: its address, bytes per element, whether lent
+        for region in agreed.regions[rank]:
+            if region.stored not in dense:
+                stored = tensors[region.stored]
+                array = _dense(stored.array)
+                borrowed = bool(lent) and array is stored.array and _is_lent(stored, lent)
+                if borrowed:
+                    watched.extend(
+                        (stored.name, source, source._version, source.data_ptr()) for source in stored.sources
+                    )
+                held.append((array, borrowed))
+                dense[region.stored] = (_address(array), FILE_BYTES[stored.dtype], borrowed)
+            address, itemsize, borrowed = dense[region.stored]
+            name, dtype, shape = agreed.tensors[region.tensor]
+            flat, bounds = _bounds(region, shape)
+            start, size = region.start * itemsize, (region.stop - region.start) * itemsize
+            parts.append((name, dtype, shape, flat, bounds, address + start, size, borrowed))
+        if rank == 0:  # tensors without elements belong to nobody's regions
+            written = {region.tensor for regions in agreed.regions for region in regions}
+            for index, (name, dtype, shape) in enumerate(agreed.tensors):
+                if index not in written:
+                    parts.append((name, dtype, shape, False, [(0, length) for length in shape], 0, 0, False))
+
+        def check() -> str:
+            for name, tensor, version, address in watched:
+                if tensor._version != version or tensor.data_ptr() != address:
+                    return (
+                        f"tensor '{name}' was changed while it was being saved; call wait() before you change it, or "
+                        "save it with mode='snapshot'"
+                    )
+            return ""
+
+        self._native.save(step, parts, overwrite, agreed.document, check if watched else None)
+        self._held = [array for array, borrowed in held if borrowed]
+
+    # --- waiting ---
+
+    def wait(self) -> None:
+        """Waits for the save that runs. Raises what it failed with: CheckpointError, OSError, TimeoutError."""
+        try:
+            while not self._native.wait_for(_SLICE):
+                pass
+        finally:
+            if os.getpid() == self._process and not self._native.busy():
+                self._held = []
+
+    def _wait_released(self) -> None:
+        while not self._native.wait_released_for(_SLICE):
+            pass
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save runs."""
+        return self._native.busy()
+
+    @property
+    def last(self) -> SaveReport | None:
+        """Of the last save that was committed; None before the first."""
+        report = self._native.last()
+        return None if report is None else SaveReport(*report)
+
+    def close(self) -> None:
+        """Waits, and gives up optimizers and directory. Raises as wait() does; it is closed all the same."""
+        _open.discard(self)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._optimizers = [], {}
+        try:
+            self._native.close()
+        finally:
+            self._held = []
+            if self._ranks is not None:
+                self._ranks.close()
+                self._ranks = None
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Checkpointer('{self.directory}', mode='{self._mode}')"
+
+    def _skips(self) -> bool:
+        """Whether save() is to be skipped, on every rank the same; CheckpointError if that is the caller's choice."""
+        if self._when_busy == "wait":
+            return False
+        busy = self.busy
+        if self._ranks is not None:
+            busy = any(each == b"1" for each in self._ranks.gather(b"1" if busy else b"0"))
+        if busy and self._when_busy == "error":
+            raise CheckpointError("a save is still running; when_busy='wait' waits for it, 'skip' leaves this one out")
+        return busy
+
+    # --- deferred mode ---
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Lets deferred saves read the parameters and the state of `optimizer` where they are.
+
+        Before each step() the optimizer waits until nothing of it is being read any more, and raises what a save has
+        failed with.
+        """
+        if id(optimizer) in self._optimizers:
+            return
+        self._hooks.append(optimizer.register_step_pre_hook(lambda *_: self._wait_released()))
+        self._optimizers[id(optimizer)] = weakref.ref(optimizer)
+
+    def adopt(self, model: torch.nn.Module | None = None, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Moves parameters, buffers and optimizer state into pages of their own, and attaches the optimizer.
+
+        torch aligns tensors to 64 bytes; direct I/O needs whole pages, so only adopted tensors are written without a
+        copy. Tensors keep their identity, values and ties; tensors that share a storage still do. Optimizer state that
+        does not exist yet is adopted after the first step, state that is loaded after load_state_dict. The memory
+        lives as long as the tensors.
+        """
+        self.wait()  # a save may be reading the old memory
+        if self._adopter is None:
+            self._adopter = Adopter()
+        if model is not None:
+            self._adopter.move([*model.parameters(), *model.buffers()])
+        if optimizer is not None:
+            self.attach(optimizer)
+            self._hooks.extend(self._adopter.follow(optimizer))
+
+    def _lent(self) -> frozenset[int]:
+        """The storages, by address, that attached optimizers wait for."""
+        storages: set[int] = set()
+        for reference in self._optimizers.values():
+            if (optimizer := reference()) is not None:
+                storages.update(local(tensor).untyped_storage().data_ptr() for tensor in optimizer_tensors(optimizer))
+        return frozenset(storages)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Iterable[torch.Tensor]:
+    """The parameters of an optimizer and the tensors of its state."""
+    for group in optimizer.param_groups:
+        yield from group["params"]
+    for state in optimizer.state.values():
+        yield from (value for value in state.values() if is_torch(value))
+
+
+def local(tensor: Any) -> Any:
+    """The part of a DTensor that is here, as plain tensor; any other tensor itself."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _is_lent(stored: Stored, lent: frozenset[int]) -> bool:
+    return bool(stored.sources) and all(
+        is_torch(source) and not source.is_inference() and source.untyped_storage().data_ptr() in lent
+        for source in stored.sources
+    )
+
+
+def _dense(array: Any) -> Any:
+    """`array`, or a dense copy of it."""
+    if is_torch(array):
+        return array if array.is_contiguous() else array.contiguous()
+    return array if array.flags.c_contiguous else array.copy(order="C")
+
+
+def _address(array: Any) -> int:
+    if is_torch(array):
+        return int(array.data_ptr())
+    return int(array.__array_interface__["data"][0])
+
+
+def _bounds(region: Region, shape: tuple[int, ...]) -> tuple[bool, list[tuple[int, int]]]:
+    """Where a region is, as the native writer takes it: (flat, bounds)."""
+    if region.box is not None:
+        return False, list(region.box)
+    if region.start == 0 and region.stop == math.prod(shape):
+        return False, [(0, length) for length in shape]
+    return True, [(region.start, region.stop)]
+
+
+def _one_of(value: str, choices: tuple[str, ...], name: str) -> str:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, expected {', '.join(map(repr, choices))}")
+    return value
+
+
+def _ranks(process_group: Any, timeout: float) -> Any:
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        if process_group is not None:
+            raise ValueError("process_group is given, but torch.distributed is not initialised")
+        return None
+    from narrowgauge.checkpoint.ranks import Ranks
+
+    ranks = Ranks(process_group, timeout)
+    return ranks if ranks.size > 1 else None
+
+
+# Saves that run when the interpreter ends are waited for: their callbacks need it.
+_open: weakref.WeakSet[Checkpointer] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for checkpointer in list(_open):
+        if checkpointer._process == os.getpid():
+            checkpointer.close()
