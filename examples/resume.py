@@ -4,11 +4,13 @@
 """
 
 import sys
+import tempfile
 
 import narrowgauge as ng
 import torch
 
-directory, steps = sys.argv[1], int(sys.argv[2])
+directory = sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()
+steps = int(sys.argv[2]) if len(sys.argv) > 2 else 20
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Dropout(), torch.nn.Linear(64, 1))
 optimizer = torch.optim.AdamW(model.parameters())
