@@ -2,12 +2,14 @@
 
 import collections
 import copy
+import gc
 import json
 import math
 import random
 import struct
 import subprocess
 import sys
+import weakref
 from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import Any
@@ -368,6 +370,24 @@ def test_encode_copies_nothing() -> None:
     assert np.shares_memory(by_name["n"].array, n)
     z = torch.zeros(2, dtype=torch.complex64).conj()
     assert encode(z).tensors[0].sources == ()
+
+
+def test_nothing_outlives_its_use() -> None:
+    """No cycles: a copy of a model must not wait for the collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        tensor, array = torch.zeros(4), np.zeros(4)
+        gone = [weakref.ref(tensor), weakref.ref(array)]
+        state = {"t": [tensor], "n": array, "r": PerRank(tensor), "q": ng.quantize(torch.randn(2, 16), ng.fp6)}
+        document, files = save(state, formats={"t.0": ng.fp8})
+        back = decode(document, files)
+        restore(document, files, back)
+        gone += [weakref.ref(back["t"][0]), weakref.ref(back["q"])]
+        del state, tensor, array, back
+        assert all(each() is None for each in gone)
+    finally:
+        gc.enable()
 
 
 # --- shared memory ----------------------------------------------------------------------------------------------
