@@ -193,6 +193,7 @@ def test_what_a_rank_has_for_itself() -> None:
         ({"w": torch.zeros(2)}, {"w": torch.zeros(3)}, r"state\['w'\] is a tensor of float32 \[2\] .* float32 \[3\]"),
         ({"w": torch.zeros(2)}, {"w": torch.zeros(2).half()}, r"float32 \[2\] .* and a tensor of float16 \[2\]"),
         ({"w": torch.zeros(2)}, {"w": None}, "and None on rank 1"),
+        ({"s": torch.Size([1, 2, 3])}, {"s": torch.Size([1, 2, 4])}, r"is torch.Size\(\[1, 2, 3\]\) on rank 0"),
         ({"r": PerRank(1)}, {"r": 1}, "is a PerRank"),
         ({"x": math.nan}, {"x": math.inf}, r"state\['x'\] is nan on rank 0 and inf"),
     ],

@@ -313,7 +313,7 @@ class _Encoder:
         if (node := self.matrices.get(id(value))) is None:
             canonical = value.canonical()
             kind = "torch" if is_torch(canonical.codes) else "numpy"
-            parts = self.add_matrix(value, canonical, name, () if value.is_packed else tuple(canonical))
+            parts = self.add_matrix(value, canonical, name, new=value.is_packed)
             node = ["QTensor", kind, value.is_packed, str(value.format), [*value.shape], parts]
             self.matrices[id(value)] = node
         return node
@@ -339,17 +339,18 @@ class _Encoder:
             inner = math.prod(shape[1:-1])
             begin, end = part.box[0] if part.box is not None else (0, shape[0])
             rows = (begin * inner, end * inner, shape[0] * inner)
-        return ["narrow", str(format), *self.add_matrix(q, q.canonical(), name, (), rows)]
+        return ["narrow", str(format), *self.add_matrix(q, q.canonical(), name, rows)]
 
     def add_matrix(
         self,
         q: QTensor,
         canonical: Canonical,
         name: str,
-        sources: tuple[Array, ...],
         rows: tuple[int, int, int] | None = None,
+        new: bool = True,
     ) -> list[str]:
-        """Stores the canonical arrays and gives their names. rows: (begin, end) of how many, if not all are here."""
+        """Stores the canonical arrays and gives their names. rows: (begin, end, of how many), if not all are here;
+        new: the arrays are not the state's."""
         names = []
         for part, array in zip(canonical_parts(q.format, q.rows, q.cols), canonical, strict=True):
             if part is None or array is None:
@@ -360,8 +361,8 @@ class _Encoder:
             shape, box = part[2], None
             if rows is not None:
                 shape, box = (rows[2], shape[1]), (rows[:2], (0, shape[1]))
-            stored = Stored(names[-1], FILE_DTYPES[part[1]], shape, box, bare, sources)
-            self.tensors.append(stored)
+            sources = () if new else (array,)
+            self.tensors.append(Stored(names[-1], FILE_DTYPES[part[1]], shape, box, bare, sources))
         return names
 
     # --- shared memory ---
@@ -399,7 +400,7 @@ class _Encoder:
             name = self.reserve(f"{first.stored.name.removeprefix(self.prefix)}.memory")
             base = Stored(name, form.file, (length, *form.tail), None, source.stored(array, form), ())
             self.tensors.append(base)
-        base.sources = tuple(tensor for held in group for tensor in held.stored.sources)
+        base.sources = tuple(tensor for held in group for tensor in held.stored.sources or (held.array,))
         for held in group:
             if held.stored is base:
                 continue
