@@ -1,7 +1,6 @@
 """Which rank writes what: every element once, evenly, the same on every rank; disagreement; DTensors of real ranks."""
 
 import itertools
-import json
 import math
 import os
 import subprocess
@@ -146,12 +145,13 @@ def test_many_tensors_and_ranks() -> None:
     shapes = [(4096 + 64 * (i % 3), 512) for i in range(count)]
 
     def description(rank: int) -> bytes:
-        tensors = []
+        held = []
         for number, shape in enumerate(shapes):
             rows = shape[0] // 32
             begin = rows * (rank % 32)
-            tensors.append((f"model.layers.{number}.weight", "BF16", shape, [[begin, begin + rows], [0, shape[1]]]))
-        return json.dumps(['["list"]', "[]", json.dumps(tensors), []]).encode()
+            box = ((begin, begin + rows), (0, shape[1]))
+            held.append(Stored(f"model.layers.{number}.weight", "BF16", shape, box, None, ()))
+        return describe(Encoded(["list"], [], held, count))
 
     descriptions = [description(rank) for rank in range(world)]
     planned = plan(descriptions)
@@ -198,6 +198,13 @@ def test_what_a_rank_has_for_itself() -> None:
 def test_ranks_that_disagree(one: Any, other: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plan([describe(encode(one)), describe(encode(other, rank=1))])
+
+
+def test_ranks_that_store_other_tensors_for_the_same_tree() -> None:
+    one, two = ([("w", "F32", (4,), None)], [("w", "F32", (5,), None)])
+    for here, there in ((one, two), (one, []), ([], two)):
+        with pytest.raises(ValueError, match="rank 0 has the tensor .* and rank 1 .* instead"):
+            plan([describe(encoded(here)), describe(encoded(there))])
 
 
 def test_sets_are_the_same_in_every_process() -> None:
