@@ -2,12 +2,14 @@
 
 import collections
 import copy
+import gc
 import json
 import math
 import random
 import struct
 import subprocess
 import sys
+import weakref
 from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import Any
@@ -368,6 +370,31 @@ def test_encode_copies_nothing() -> None:
     assert np.shares_memory(by_name["n"].array, n)
     z = torch.zeros(2, dtype=torch.complex64).conj()
     assert encode(z).tensors[0].sources == ()
+    q = ng.quantize(torch.randn(2, 16), ng.fp8)
+    assert [stored.sources for stored in encode(q).tensors] == [(q.codes,), (q.scales,)]
+    assert [stored.sources for stored in encode(q.pack()).tensors] == [(), ()]
+    wide = np.zeros((4, 4), np.longdouble)  # taken apart by a copy, but not where it is stored as shared memory
+    assert encode(wide[:, 0]).tensors[0].sources == ()
+    (shared,) = encode([wide[:, 0], wide[:, 1]]).tensors
+    assert len(shared.sources) == 2 and np.shares_memory(shared.array, wide)
+
+
+def test_nothing_outlives_its_use() -> None:
+    """No cycles: a copy of a model must not wait for the collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        tensor, array = torch.zeros(4), np.zeros(4)
+        gone = [weakref.ref(tensor), weakref.ref(array)]
+        state = {"t": [tensor], "n": array, "r": PerRank(tensor), "q": ng.quantize(torch.randn(2, 16), ng.fp6)}
+        document, files = save(state, formats={"t.0": ng.fp8})
+        back = decode(document, files)
+        restore(document, files, back)
+        gone += [weakref.ref(back["t"][0]), weakref.ref(back["q"])]
+        del state, tensor, array, back
+        assert all(each() is None for each in gone)
+    finally:
+        gc.enable()
 
 
 # --- shared memory ----------------------------------------------------------------------------------------------
@@ -430,11 +457,12 @@ def test_overlapping_views_share_one_storage() -> None:
 
 def test_one_tensor_that_spans_the_others_is_their_base() -> None:
     w = torch.randn(4, 4)
-    state = {"flat": w.view(-1), "w": w, "t": w.t(), "half": w[:2]}
+    state = {"flat": w.view(-1), "w": w, "t": w.t(), "half": w[:2], "last": w[3:]}
     document, files = save(state)
     assert {name: tensor[:2] for name, tensor in files.tensors.items()} == {"flat": ("F32", (16,))}
     back = decode(document, files)
-    assert same(back, state) and len({value.data_ptr() for value in back.values()}) == 1
+    assert same(back, state) and len({value.data_ptr() for value in back.values()}) == 2
+    assert back["last"].data_ptr() == back["w"][3:].data_ptr()
     assert same(decode(document, files, patterns=["half"]), {"half": state["half"]})
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple, NoReturn
 
 from narrowgauge.checkpoint import values
@@ -52,10 +53,11 @@ class Plan(NamedTuple):
 
 def describe(encoded: Encoded) -> bytes:
     """What other ranks must know of this one's state."""
-    tensors = [(each.name, each.dtype, each.shape, each.box) for each in encoded.tensors]
-    # As texts in the text, which most ranks need not look into.
-    parts = [values.dump(encoded.tree), values.dump(encoded.own), json.dumps(tensors[: encoded.common])]
-    return json.dumps([*parts, tensors[encoded.common :]], separators=(",", ":")).encode()
+    tensors = [(each.name, each.dtype, each.shape) for each in encoded.tensors]
+    boxes = [each.box for each in encoded.tensors[: encoded.common]]
+    # Texts in a text: equal ones need be read once only.
+    parts = (encoded.tree, encoded.own, tensors[: encoded.common], boxes, tensors[encoded.common :])
+    return json.dumps([values.dump(part) for part in parts]).encode()
 
 
 def plan_alone(encoded: Encoded) -> Plan:
@@ -105,20 +107,23 @@ class _Piece(NamedTuple):
 
 def plan(descriptions: Sequence[bytes]) -> Plan:
     """The plan of the ranks that gave these descriptions, in order. ValueError where they do not agree."""
-    parts = [json.loads(each) for each in descriptions]
-    trees = [part[0] for part in parts]
+    trees, owns, commons, boxes, extras = zip(*map(json.loads, descriptions), strict=True)
     for rank, tree in enumerate(trees):
         if tree != trees[0]:
             _disagree(values.parse(trees[0]), values.parse(tree), ROOT, rank)
-    # The common tensors as the ranks hold them: replicas of all hold the same.
-    views: dict[str, list[int]] = {}
-    for rank, part in enumerate(parts):
-        views.setdefault(part[2], []).append(rank)
-    listed = [(json.loads(text), ranks) for text, ranks in views.items()]
+    tensors = _tensors(commons[0])
+    for rank, text in enumerate(commons):
+        if text != commons[0]:
+            here, there = next((a, b) for a, b in zip_longest(tensors, _tensors(text)) if a != b)
+            raise ValueError(f"rank 0 has the tensor {here} and rank {rank} {there} instead")
+    common = len(tensors)
+    # {what parts of the common tensors: the ranks that hold these}
+    parts: dict[str, list[int]] = {}
+    for rank, text in enumerate(boxes):
+        parts.setdefault(text, []).append(rank)
+    listed = [(json.loads(text), ranks) for text, ranks in parts.items()]
 
-    entries_of_first = listed[0][0]
-    tensors = [Tensor(name, dtype, tuple(shape)) for name, dtype, shape, _ in entries_of_first]
-    regions: list[list[Region]] = [[] for _ in parts]
+    regions: list[list[Region]] = [[] for _ in descriptions]
     shared: dict[tuple[int, ...], list[_Piece]] = {}
     tiled: set[Any] = set()
     for index, tensor in enumerate(tensors):
@@ -127,11 +132,7 @@ def plan(descriptions: Sequence[bytes]) -> Plan:
         whole = tuple((0, length) for length in shape)
         holders: dict[Box, list[int]] = {}
         for entries, ranks in listed:
-            *same, box = entries[index]
-            if same != entries_of_first[index][:3]:
-                raise ValueError(
-                    f"tensor '{tensor.name}' is {tensor.dtype} {list(shape)} on rank 0 and {same} on rank {ranks[0]}"
-                )
+            box = entries[index]
             holders.setdefault(whole if box is None else tuple(map(tuple, box)), []).extend(ranks)
         holders = {box: ranks for box, ranks in holders.items() if all(begin < end for begin, end in box)}
         if whole not in holders or len(holders) > 1:
@@ -146,22 +147,30 @@ def plan(descriptions: Sequence[bytes]) -> Plan:
     for holding, pieces in shared.items():
         for rank, region in _share(pieces, holding):
             regions[rank].append(region)
-    for rank, part in enumerate(parts):
-        for offset, (name, dtype, shape, _) in enumerate(part[3]):
-            if count := math.prod(shape):
-                regions[rank].append(Region(len(tensors), len(entries_of_first) + offset, 0, count, None))
-            tensors.append(Tensor(name, dtype, tuple(shape)))
-    document = _document(trees[0], [part[1] for part in parts])
+    for rank, text in enumerate(extras):
+        for stored, tensor in enumerate(_tensors(text), common):
+            if count := math.prod(tensor.shape):
+                regions[rank].append(Region(len(tensors), stored, 0, count, None))
+            tensors.append(tensor)
+    document = _document(trees[0], owns)
     return Plan(document, tensors, [sorted(each) for each in regions])
+
+
+def _tensors(text: str) -> list[Tensor]:
+    return [Tensor(name, dtype, tuple(shape)) for name, dtype, shape in json.loads(text)]
 
 
 def _share(pieces: list[_Piece], holders: tuple[int, ...]) -> Iterator[tuple[int, Region]]:
     """Cuts what `holders` all hold into a share for each: (rank, region)."""
+    if len(holders) == 1:
+        for piece in pieces:
+            yield holders[0], Region(piece.tensor, piece.tensor, 0, piece.elements, piece.box)
+        return
     large = []
     done = left = 0
     for piece in pieces:
         size = piece.elements * piece.itemsize
-        if size <= UNCUT_BYTES or len(holders) == 1:
+        if size <= UNCUT_BYTES:
             yield holders[0], piece.region(0, piece.elements)
             done += size
         else:

@@ -6,7 +6,7 @@ one memory, though no element is in both: storing the range once and both as vie
 
 from __future__ import annotations
 
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 from narrowgauge._arrays import Array
@@ -19,6 +19,7 @@ class Held(NamedTuple):
 
     begin: int
     end: int
+    dense: bool
     order: int  # of the walk
     array: Array
     form: Form
@@ -31,16 +32,18 @@ def overlapping(everything: list[Held]) -> list[list[Held]]:
     """The groups of more than one, or of one that overlaps itself (an expanded tensor); in the order of the walk."""
     groups: list[list[Held]] = []
     group: list[Held] = []
-    end = 0
-    for held in sorted(everything, key=attrgetter("begin")):
-        if held.begin >= end:
-            group = []
-        group.append(held)
-        end = max(end, held.end)
-        if len(group) == 2 or (len(group) == 1 and held.array.nbytes > held.end - held.begin):
+    reached = 0
+    for held in sorted(everything, key=itemgetter(0)):
+        begin, end, dense = held[:3]
+        if begin >= reached:
+            group, reached = [held], end
+            if not dense and held.array.nbytes > end - begin:
+                groups.append(group)
+            continue
+        if not groups or groups[-1] is not group:
             groups.append(group)
-    # A group that begins with one that overlaps itself was entered twice.
-    unique = {id(each): each for each in groups}.values()
-    for each in unique:
-        each.sort(key=attrgetter("order"))
-    return sorted(unique, key=lambda each: each[0].order)
+        group.append(held)
+        reached = max(reached, end)
+    for group in groups:
+        group.sort(key=attrgetter("order"))
+    return sorted(groups, key=lambda group: group[0].order)

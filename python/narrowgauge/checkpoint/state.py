@@ -100,32 +100,34 @@ class _Encoder:
         self.seen: dict[Any, Held] = {}  # {memory and how it is seen: what holds it}
         self.held: dict[Library, list[Held]] = {}
         self.matrices: dict[int, Node] = {}
-        self.handlers: dict[type, Callable[[Any, str, Place, int], Node]] = {
-            dict: self.mapping,
-            OrderedDict: self.ordered,
-            Counter: self.mapping,
-            list: self.sequence,
-            tuple: self.sequence,
-            QTensor: self.matrix,
-            PerRank: self.per_rank,
+        # Functions, not methods: an encoder in a cycle would keep the state's tensors until the collector runs.
+        encoder = type(self)
+        self.handlers: dict[type, Callable[[_Encoder, Any, str, Place, int], Node]] = {
+            dict: encoder.mapping,
+            OrderedDict: encoder.ordered,
+            Counter: encoder.mapping,
+            list: encoder.sequence,
+            tuple: encoder.sequence,
+            QTensor: encoder.matrix,
+            PerRank: encoder.per_rank,
         }
         if sys.modules.get("numpy") is not None:
             self.numpy = library("numpy")
             self.held[self.numpy] = []
-            self.handlers[self.numpy.numpy.ndarray] = self.numpy_array
+            self.handlers[self.numpy.numpy.ndarray] = encoder.numpy_array
         if sys.modules.get("torch") is not None:
             self.torch = library("torch")
             self.held[self.torch] = []
             self.strided, self.parameter = self.torch.torch.strided, self.torch.torch.nn.Parameter
-            self.handlers[self.torch.torch.Tensor] = self.handlers[self.parameter] = self.torch_tensor
+            self.handlers[self.torch.torch.Tensor] = self.handlers[self.parameter] = encoder.torch_tensor
             if (dtensor := dtensor_type()) is not None:
-                self.handlers[dtensor] = self.dtensor
+                self.handlers[dtensor] = encoder.dtensor
 
     # --- containers ---
 
     def value(self, value: Any, name: str, place: Place, depth: int) -> Node:
         handler = self.handlers.get(type(value))
-        return encode_value(value, place, depth) if handler is None else handler(value, name, place, depth)
+        return encode_value(value, place, depth) if handler is None else handler(self, value, name, place, depth)
 
     def enter(self, value: Any, place: Place, depth: int) -> None:
         if id(value) in self.active:
@@ -213,13 +215,13 @@ class _Encoder:
         node: Node = [_TAGS[type(value) is self.parameter, grad], form.name, shape, None]
         begin = end = array.data_ptr()
         how: Any = id(value)
-        if array.is_contiguous():
+        if dense := array.is_contiguous():
             if nbytes := array.nbytes:
                 end, how = begin + nbytes, (begin, form.name, *shape)
         elif array.numel():
             begin, end = self.torch.span(array)
             how = (begin, form.name, *shape, array.stride())
-        return self.keep(self.torch, array, form, node, how, begin, end, sources, name, place)
+        return self.keep(self.torch, array, form, node, how, begin, end, dense, sources, name, place)
 
     def numpy_array(self, value: Any, name: str, place: Place, depth: int) -> Node:
         form = self.numpy.form(value.dtype)
@@ -231,7 +233,7 @@ class _Encoder:
         sources = () if form.tail and not value.flags.c_contiguous else (value,)
         begin, end = self.numpy.span(value) if value.size else (0, 0)
         how: Any = (begin, form.name, value.shape, value.strides, self.numpy.start(value)) if value.size else id(value)
-        return self.keep(self.numpy, value, form, node, how, begin, end, sources, name, place)
+        return self.keep(self.numpy, value, form, node, how, begin, end, value.flags.c_contiguous, sources, name, place)
 
     def dtensor(self, value: Any, name: str, place: Place, depth: int) -> Node:
         if self.prefix:
@@ -248,7 +250,7 @@ class _Encoder:
         how = (storage, local.storage_offset(), form.name, value.shape, value.placements)
         array = local.detach().resolve_conj().resolve_neg()
         sources = (local,) if array.data_ptr() == local.data_ptr() else ()
-        return self.keep(self.torch, array, form, node, how, 0, 0, sources, name, place, part)
+        return self.keep(self.torch, array, form, node, how, 0, 0, True, sources, name, place, part)
 
     def keep(
         self,
@@ -259,6 +261,7 @@ class _Encoder:
         how: Any,
         begin: int,
         end: int,
+        dense: bool,
         sources: tuple[Array, ...],
         name: str,
         place: Place,
@@ -286,7 +289,7 @@ class _Encoder:
             bare = library.stored(array, form) if form.indirect else array
             stored = Stored(name, form.file, shape, box, bare, sources)
             self.tensors.append(stored)
-        held = Held(begin, end, len(self.seen), array, form, place, [node], stored)
+        held = Held(begin, end, dense, len(self.seen), array, form, place, [node], stored)
         self.seen[how] = held
         if begin < end:
             self.held[library].append(held)
@@ -310,7 +313,7 @@ class _Encoder:
         if (node := self.matrices.get(id(value))) is None:
             canonical = value.canonical()
             kind = "torch" if is_torch(canonical.codes) else "numpy"
-            parts = self.add_matrix(value, canonical, name, () if value.is_packed else tuple(canonical))
+            parts = self.add_matrix(value, canonical, name, new=value.is_packed)
             node = ["QTensor", kind, value.is_packed, str(value.format), [*value.shape], parts]
             self.matrices[id(value)] = node
         return node
@@ -336,17 +339,18 @@ class _Encoder:
             inner = math.prod(shape[1:-1])
             begin, end = part.box[0] if part.box is not None else (0, shape[0])
             rows = (begin * inner, end * inner, shape[0] * inner)
-        return ["narrow", str(format), *self.add_matrix(q, q.canonical(), name, (), rows)]
+        return ["narrow", str(format), *self.add_matrix(q, q.canonical(), name, rows)]
 
     def add_matrix(
         self,
         q: QTensor,
         canonical: Canonical,
         name: str,
-        sources: tuple[Array, ...],
         rows: tuple[int, int, int] | None = None,
+        new: bool = True,
     ) -> list[str]:
-        """Stores the canonical arrays and gives their names. rows: (begin, end) of how many, if not all are here."""
+        """Stores the canonical arrays and gives their names. rows: (begin, end, of how many), if not all are here;
+        new: the arrays are not the state's."""
         names = []
         for part, array in zip(canonical_parts(q.format, q.rows, q.cols), canonical, strict=True):
             if part is None or array is None:
@@ -357,8 +361,8 @@ class _Encoder:
             shape, box = part[2], None
             if rows is not None:
                 shape, box = (rows[2], shape[1]), (rows[:2], (0, shape[1]))
-            stored = Stored(names[-1], FILE_DTYPES[part[1]], shape, box, bare, sources)
-            self.tensors.append(stored)
+            sources = () if new else (array,)
+            self.tensors.append(Stored(names[-1], FILE_DTYPES[part[1]], shape, box, bare, sources))
         return names
 
     # --- shared memory ---
@@ -382,7 +386,7 @@ class _Encoder:
             if held.stored is None:
                 other = next((show(each.place) for each in group if each is not held), "itself")
                 raise ValueError(f"{show(held.place)} shares memory with {other}: it cannot be narrowed alone")
-        whole = [held for held in group if source.is_dense(held.array) and held.end - held.begin == end - begin]
+        whole = [held for held in group if held.dense and held.end - held.begin == end - begin]
         if whole:
             base: Stored = whole[0].stored
         else:
@@ -396,7 +400,7 @@ class _Encoder:
             name = self.reserve(f"{first.stored.name.removeprefix(self.prefix)}.memory")
             base = Stored(name, form.file, (length, *form.tail), None, source.stored(array, form), ())
             self.tensors.append(base)
-        base.sources = tuple(tensor for held in group for tensor in held.stored.sources)
+        base.sources = tuple(tensor for held in group for tensor in held.stored.sources or (held.array,))
         for held in group:
             if held.stored is base:
                 continue
