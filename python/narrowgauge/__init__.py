@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from narrowgauge import _native
-from narrowgauge._native import Format, format_aliases, set_threads, threads
+from narrowgauge._native import FileTier, Format, format_aliases, set_threads, threads
 from narrowgauge.errors import Error, FileCorrupt, PerformanceWarning
 from narrowgauge.linear import linear
 from narrowgauge.qtensor import Canonical, QTensor, quantize
@@ -51,6 +51,7 @@ __all__ = [
     "Canonical",
     "Error",
     "FileCorrupt",
+    "FileTier",
     "Format",
     "LayerReport",
     "PerformanceWarning",
