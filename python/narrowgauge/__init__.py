@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from narrowgauge import _native
-from narrowgauge._native import Format, Tensor, format_aliases, set_threads, threads
+from narrowgauge._native import FileTier, Format, Tensor, format_aliases, set_threads, threads
 from narrowgauge.errors import CheckpointCorrupt, CheckpointError, Error, FileCorrupt, PerformanceWarning
 from narrowgauge.linear import linear
 from narrowgauge.memory import HostPool, PoolStatistics
@@ -61,6 +61,7 @@ __all__ = [
     "Checkpointer",
     "Error",
     "FileCorrupt",
+    "FileTier",
     "Format",
     "HostPool",
     "LayerReport",

@@ -81,8 +81,10 @@ def main() -> int:
     ours = [result for result in results if result.contender in OURS]
     violations = [result for result in ours if result.violation]
     for result in violations:
-        print(f"\nVIOLATION: {result.contender.name}: {result.event.name}: {result.verdict.outcome.value}: {result.verdict.detail}")
-        print(f"  again: python tests/crash/run.py --only {result.event.part} --seed {args.seed} --trial {result.trial}")
+        verdict = result.verdict
+        print(f"\nVIOLATION: {result.contender.name}: {result.event.name}: {verdict.outcome.value}: {verdict.detail}")
+        again = f"--only {result.event.part} --seed {args.seed} --trial {result.trial}"
+        print(f"  again: python tests/crash/run.py {again}")
     if enumeration and enumeration.violations:
         print(f"\nVIOLATION: {args.enumerator}:\n{enumeration.output}")
     faults = len(ours) + (enumeration.faults if enumeration else 0)

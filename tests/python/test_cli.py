@@ -136,10 +136,24 @@ def test_doctor(run, monkeypatch):
     assert report["isa"] in ("portable", "avx2", "avx512") and report["isa_reason"]
     assert set(report["kernels"]) == {"quantize", "linear"}
     assert report["threads"] >= 1 and report["read_bandwidth_gb_s"] > 0
-    assert {"CUDA driver", "nvcc", "NCCL", "MPI", "io_uring", "liburing"} == {p["name"] for p in report["optional"]}
+    assert {"CUDA driver", "nvcc", "NCCL", "MPI"} == {p["name"] for p in report["optional"]}
     assert all("not used by this version" in part["enables"] for part in report["optional"])
     code, out, _ = run("doctor")
     assert code == 0 and report["cpu"] in out
+
+
+def test_doctor_names_the_io_engine(run, monkeypatch):
+    from narrowgauge import _native
+    from narrowgauge.cli import doctor
+
+    monkeypatch.setattr(doctor, "_READ_BYTES", 1 << 20)
+    why = _native.why_no_io_uring()
+    report = json_of(run("doctor", "--json"))
+    assert report["io_engine"] == ("threads" if why else "io_uring")
+    assert report["io_reason"].startswith(why or "allowed by the kernel")
+    monkeypatch.setenv("NARROWGAUGE_IO_ENGINE", "threads")
+    report = json_of(run("doctor", "--json"))
+    assert (report["io_engine"], report["io_reason"]) == ("threads", "NARROWGAUGE_IO_ENGINE=threads")
 
 
 def test_doctor_under_a_forced_isa():

@@ -7,6 +7,7 @@ import ctypes.util
 import importlib.util
 import os
 import platform
+import resource
 import shutil
 import time
 from pathlib import Path
@@ -46,7 +47,7 @@ class Finding(NamedTuple):
 
 
 def command(json: JsonOption = False) -> None:
-    """Show the CPU, the kernels chosen and why, threads, memory bandwidth, and what optional parts are found."""
+    """Show the CPU, the kernels and file I/O chosen and why, threads, memory bandwidth, and optional parts found."""
     output = Output(json)
     if torch_version() is not None:
         importlib.import_module("narrowgauge.ops")  # the kernels then run on torch's threads, as they do in use
@@ -68,6 +69,8 @@ def command(json: JsonOption = False) -> None:
         "read_bandwidth_gb_s": bandwidth,
         "huge_pages": huge_pages(),
         "numa_nodes": _native.numa_nodes(),
+        "io_engine": "threads" if _native.why_no_io_uring() else "io_uring",
+        "io_reason": io_reason(),
         "optional": [finding._asdict() for finding in optional_parts()],
     }
     output.result(report, _summary(report), _optional(report))
@@ -91,6 +94,7 @@ def _summary(report: dict[str, Any]) -> Table:
         ),
         ("huge pages", report["huge_pages"]),
         ("NUMA nodes", ", ".join(map(str, report["numa_nodes"]))),
+        ("file I/O", f"{report['io_engine']}: {report['io_reason']}"),
     ]
     return table(["", "found"], rows)
 
@@ -155,11 +159,27 @@ def huge_pages() -> str:
     return f"{chosen} ({meaning}); {reserved} reserved"
 
 
+def io_reason() -> str:
+    """Why files are transferred as they are, and what limits it."""
+    if reason := _native.why_no_io_uring():
+        disabled = _read("/proc/sys/kernel/io_uring_disabled").strip()
+        return reason + (f"; kernel.io_uring_disabled is {disabled}" if disabled not in ("", "0") else "")
+    if _may_lock_memory() or resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] == resource.RLIM_INFINITY:
+        return "allowed by the kernel; any memory can be registered with it"
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    return f"allowed by the kernel; {limit >> 10} KiB of memory can be registered with it (ulimit -l), more works too"
+
+
+def _may_lock_memory() -> bool:
+    cap_ipc_lock = 14
+    line = next((line for line in _read("/proc/self/status").splitlines() if line.startswith("CapEff:")), "CapEff: 0")
+    return bool(int(line.split()[1], 16) >> cap_ipc_lock & 1)
+
+
 def optional_parts() -> list[Finding]:
     """What later versions can use, looked for and not used by this one."""
     nccl = _library("nccl", "libnccl.so.2") or _package("nvidia.nccl")
     mpi = shutil.which("mpirun") or _package("mpi4py")
-    uring = _io_uring()
     later = "; not used by this version"
     return [
         _cuda(later),
@@ -168,9 +188,6 @@ def optional_parts() -> list[Finding]:
         Finding("NCCL", nccl is not None, nccl or "no libnccl.so.2, no nvidia-nccl package",
                 "narrow collectives between GPUs" + later),
         Finding("MPI", mpi is not None, mpi or "no mpirun on PATH, no mpi4py", "collectives over MPI" + later),
-        Finding("io_uring", uring == "ready", uring, "asynchronous direct I/O of checkpoints" + later),
-        Finding("liburing", (lib := _library("uring", "liburing.so.2")) is not None, lib or "no liburing.so.2",
-                "building the io_uring path" + later),
     ]  # fmt: skip
 
 
@@ -184,18 +201,6 @@ def _cuda(later: str) -> Finding:
     if (status := driver.cuInit(0)) != 0 or (status := driver.cuDeviceGetCount(ctypes.byref(count))) != 0:
         return Finding("CUDA driver", False, f"libcuda.so.1 is there but answers error {status}", enables)
     return Finding("CUDA driver", count.value > 0, f"libcuda.so.1, {count.value} GPUs", enables)
-
-
-def _io_uring() -> str:
-    """'ready', or why not: asked of the kernel with a call that cannot succeed."""
-    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"):
-        return "no such system call here"
-    io_uring_setup, entries = 425, 1
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.syscall(ctypes.c_long(io_uring_setup), ctypes.c_uint(entries), ctypes.c_void_p(0))
-    error = ctypes.get_errno()
-    efault = 14
-    return "ready" if error == efault else f"refused by the kernel: {os.strerror(error)}"
 
 
 def _library(name: str, soname: str) -> str | None:
