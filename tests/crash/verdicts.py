@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import narrowgauge as ng
-from contents import content, difference
+from contents import LARGE, content, difference
 from damage import Damage
 from savers import Contender, Span, files
 
@@ -142,38 +142,44 @@ def _unclear(error: Exception | None, damage: Damage, touched: Sequence[Span]) -
     return ""
 
 
-def without_space(contender: type[Contender], directory: Path, room: int, copies: int, overwrite: bool) -> Verdict:
-    """A save of step 2 (or again of step 1) that needs more than the `room` bytes that the file system has left."""
+def without_space(contender: type[Contender], directory: Path, room: int, overwrite: bool) -> Verdict:
+    """A save of step 2, or of step 1 again, that needs more than the `room` bytes that the file system has left."""
     filler = directory.parent / "filler"
     saver = contender(directory)
     try:
         saver.save(1, content(1))
         _fill(filler, room)
         try:
-            saver.save(1 if overwrite else 2, content(2, copies))
+            saver.save(1 if overwrite else 2, content(LARGE))
         except Exception as error:
-            verdict = survivors(contender, directory, 1, overwrite)
-            if verdict.outcome is Outcome.NOTHING:
-                verdict = Verdict(Outcome.PREVIOUS_LOST, verdict.detail)
-            elif verdict.outcome is Outcome.CORRECT:
-                verdict = Verdict(Outcome.REFUSED, _describe(error))
-            elif verdict.outcome is Outcome.REFUSED and contender.strict:
-                verdict = Verdict(Outcome.UNCLEAR, f"what failed is left under its name: {verdict.detail}")
-            if contender.strict and getattr(error, "errno", None) != errno.ENOSPC:
-                verdict = Verdict(Outcome.UNCLEAR, f"not OSError with ENOSPC: {_describe(error)}")
+            verdict = _after_refusal(contender, directory, error)
         else:
             verdict = Verdict(Outcome.UNREPORTED, f"{room} bytes were free")
         filler.unlink()
-        if verdict.outcome is Outcome.REFUSED:
-            try:
-                saver.save(3, content(3))
-            except Exception as error:
-                return Verdict(Outcome.STUCK, _describe(error))
-            again = _clean(contender, directory, 3)
-            return verdict if again.outcome is Outcome.CORRECT else again
-        return verdict
+        if verdict.outcome is not Outcome.REFUSED:
+            return verdict
+        try:
+            saver.save(3, content(3))
+        except Exception as error:
+            return Verdict(Outcome.STUCK, _describe(error))
+        again = _clean(contender, directory, 3)
+        return verdict if again.outcome is Outcome.CORRECT else again
     finally:
         saver.close()
+
+
+def _after_refusal(contender: type[Contender], directory: Path, error: Exception) -> Verdict:
+    """A save raised `error`: content(1), which was saved before, must still be there."""
+    verdict = survivors(contender, directory, 1, True)
+    if verdict.outcome is Outcome.NOTHING:
+        return Verdict(Outcome.PREVIOUS_LOST, verdict.detail)
+    if verdict.outcome not in (Outcome.CORRECT, Outcome.REFUSED):
+        return verdict
+    if contender.strict and verdict.outcome is Outcome.REFUSED:
+        return Verdict(Outcome.UNCLEAR, f"what failed is left under its name: {verdict.detail}")
+    if contender.strict and getattr(error, "errno", None) != errno.ENOSPC:
+        return Verdict(Outcome.UNCLEAR, f"not an OSError with ENOSPC: {_describe(error)}")
+    return Verdict(Outcome.REFUSED, _describe(error))
 
 
 def save_steps(contender: type[Contender], directory: Path, steps: Sequence[int]) -> None:
