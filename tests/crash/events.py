@@ -79,7 +79,7 @@ def _killed(contender: type[Contender], lab: Lab, *, overwrite: bool) -> Iterato
             _instant(writer, rng)
             writer.reported()
             reported = writer.kill()
-        return lab.survivors(contender, directory, reported, overwrite)
+        return lab.survivors(contender, directory, reported, overwrite)._replace(midway=writer.midway)
 
     yield trial
 
@@ -101,11 +101,12 @@ def _power_cut(
                 else:
                     _instant(writer, rng)
                     writer.reported()
+                midway = writer.midway
                 # Someone else's fsync, or the journal's own timer, makes names durable that have no contents yet.
                 image.stop(log=rng.random() < 0.7)
                 reported = writer.kill()
             image.restart()
-            return lab.survivors(contender, directory, reported, overwrite)
+            return lab.survivors(contender, directory, reported, overwrite)._replace(midway=midway)
 
         yield trial
 
@@ -119,9 +120,10 @@ def _clone(contender: type[Contender], lab: Lab, *, filesystem: str) -> Iterator
             _wipe(directory)
             with Writer(contender, directory) as writer:
                 _instant(writer, rng)
-                reported = writer.reported()
+                reported, midway = writer.reported(), writer.midway
                 with image.clone(writer.pid) as clone:
-                    return lab.survivors(contender, clone / directory.name, reported, False)
+                    verdict = lab.survivors(contender, clone / directory.name, reported, False)
+                    return verdict._replace(midway=midway)
 
         yield trial
 

@@ -36,7 +36,7 @@ class Outcome(enum.Enum):
 class Verdict(NamedTuple):
     outcome: Outcome
     detail: str = ""
-    # The fault came in the middle of a save: something unfinished was left.
+    # The fault came in the middle of a save.
     midway: bool = False
 
 
@@ -47,7 +47,6 @@ def survivors(contender: type[Contender], directory: Path, reported: int | None,
     was `overwritten`.
     """
     steps = contender.steps(directory)
-    midway = bool(contender.leftovers(directory)) or bool(steps and steps[-1] > (reported or 0) and not overwritten)
     found, refused = None, []
     for step in reversed(steps):
         try:
@@ -58,7 +57,7 @@ def survivors(contender: type[Contender], directory: Path, reported: int | None,
         number = int(state["number"]) if overwritten else step
         wrong = difference(state, number)
         if wrong:
-            return Verdict(Outcome.WRONG, f"step {step}: {wrong}", midway)
+            return Verdict(Outcome.WRONG, f"step {step}: {wrong}")
         if found is None:
             found = number
         if not contender.strict:
@@ -66,11 +65,11 @@ def survivors(contender: type[Contender], directory: Path, reported: int | None,
     detail = "; ".join(refused)
     if found is None:
         if reported is None:
-            return Verdict(Outcome.REFUSED if steps else Outcome.CORRECT, detail, midway)
-        return Verdict(Outcome.NOTHING, f"reported {reported}; {detail or 'there is no name'}", midway)
+            return Verdict(Outcome.REFUSED if steps else Outcome.CORRECT, detail)
+        return Verdict(Outcome.NOTHING, f"reported {reported}; {detail or 'there is no name'}")
     if found < (reported or 0):
-        return Verdict(Outcome.ROLLED_BACK, f"reported {reported}, the newest that loads is {found}; {detail}", midway)
-    return Verdict(Outcome.REFUSED if refused else Outcome.CORRECT, detail, midway)
+        return Verdict(Outcome.ROLLED_BACK, f"reported {reported}, the newest that loads is {found}; {detail}")
+    return Verdict(Outcome.REFUSED if refused else Outcome.CORRECT, detail)
 
 
 def resumed(contender: type[Contender], directory: Path) -> Verdict:
