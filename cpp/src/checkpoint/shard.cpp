@@ -130,7 +130,9 @@ void Shard::snapshot() {
     }
     segment.data = to;
   }
-  default_executor().parallel_for(static_cast<int64_t>(pieces.size()), 1, [&](int64_t begin, int64_t end) {
+  // Shares of at least a chunk: what is small is copied faster than a thread wakes up.
+  const auto grain = static_cast<int64_t>(pieces.size() * kChunk / std::max(size, uint64_t{1}) + 1);
+  default_executor().parallel_for(static_cast<int64_t>(pieces.size()), grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Piece& piece = pieces[static_cast<size_t>(i)];
       std::memcpy(piece.to, piece.from, piece.bytes);

@@ -23,6 +23,7 @@ class Adopter:
     def move(self, tensors: Iterable[Any]) -> None:
         """Gives the tensors storages in the pool. Those that share a storage share the new one."""
         import torch
+        from torch.utils.dlpack import from_dlpack
 
         moved: dict[int, torch.UntypedStorage] = {}
         with torch.no_grad():
@@ -35,7 +36,7 @@ class Adopter:
                 if address in self._storages:
                     continue
                 if address not in moved:
-                    new = torch.from_dlpack(self._pool.empty((old.nbytes(),), "uint8")).untyped_storage()
+                    new = from_dlpack(self._pool.empty((old.nbytes(),), "uint8")).untyped_storage()
                     new.copy_(old)
                     moved[address] = new
                 home = torch.empty(0, dtype=tensor.dtype)

@@ -91,7 +91,7 @@ def load_checkpoint(
     patterns = [map] if isinstance(map, str) else map
     rank = _rank() if rank is None else rank
     try:
-        source = _Source(_native.Checkpoint(folder), verify == "chunks")
+        source = Files(_native.Checkpoint(folder), verify == "chunks")
         document = source.checkpoint.state
         if into is not None:
             state = restore(document, source, into, patterns=patterns, rank=rank)
@@ -117,10 +117,10 @@ def verify_checkpoint(
     return folder
 
 
-class _Source:
+class Files:
     """The tensors of an open checkpoint, as decode and restore ask for them."""
 
-    def __init__(self, checkpoint: _native.Checkpoint, verify: bool) -> None:
+    def __init__(self, checkpoint: _native.Checkpoint, verify: bool = True) -> None:
         self.checkpoint = checkpoint
         self.verify = verify
         self.report = LoadReport(0, 0, 0)

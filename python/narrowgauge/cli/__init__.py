@@ -1,4 +1,4 @@
-"""The command line: `narrowgauge doctor | demo | quantize | generate | eval | bench`.
+"""The command line: `narrowgauge doctor | demo | quantize | generate | eval | bench | checkpoint`.
 
 It needs the `cli` extra (typer, rich); most commands need torch too, and those that build models the `demo` extra. A
 command whose extra is absent says what to install. docs/cli.md lists commands, JSON fields and exit codes.

@@ -10,6 +10,7 @@ import typer
 
 from narrowgauge.cli import FAILED, INTERRUPTED, OK, UNAVAILABLE
 from narrowgauge.cli.bench import command as bench
+from narrowgauge.cli.checkpoint import app as checkpoint
 from narrowgauge.cli.demo import command as demo
 from narrowgauge.cli.doctor import command as doctor
 from narrowgauge.cli.evaluate import command as evaluate
@@ -33,6 +34,7 @@ app.command("quantize")(quantize)
 app.command("generate")(generate)
 app.command("eval")(evaluate)
 app.command("bench")(bench)
+app.add_typer(checkpoint, name="checkpoint")
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console, RenderableType
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -54,12 +54,11 @@ class Output:
             print(json.dumps({"error": {"kind": type(error).__name__, "message": message}}, indent=2))
         self._err.print(f"[red]error:[/] {escape(message)}", soft_wrap=True)
 
-    def progress(self) -> Progress:
+    def progress(self, *columns: ProgressColumn) -> Progress:
+        """Bars with `columns`; by default how many of how many are done, and the time."""
+        default = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         return Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
+            *(columns or default),
             console=self._err,
             transient=True,
             disable=self._as_json or not sys.stderr.isatty(),
