@@ -78,11 +78,12 @@ std::span<Byte> bytes_of(const Array& array) {
 
 void bind_file_tier(nb::module_& module) {
   using namespace nb::literals;
-  nb::class_<FileTier>(module, "FileTier",
-                       "Memory's slow tier: arrays' bytes on a scratch file, each under an integer key.\n\n"
-                       "The file is new (FileExistsError) and its name goes at once, so that nothing is left behind; "
-                       "limit is the most bytes that it takes on disk. Transfers go past the page cache where the "
-                       "file system can. Thread-safe, and the GIL is released. Not for a child process.")
+  nb::class_<FileTier, PageSink>(
+      module, "FileTier",
+      "Memory's slow tier: arrays' bytes on a scratch file, each under an integer key.\n\n"
+      "The file is new (FileExistsError) and its name goes at once, so that nothing is left behind; "
+      "limit is the most bytes that it takes on disk. Transfers go past the page cache where the "
+      "file system can. Thread-safe, and the GIL is released. Not for a child process.")
       .def(
           "__init__",
           [](FileTier* self, const std::filesystem::path& path, std::optional<uint64_t> limit) {

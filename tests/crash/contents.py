@@ -28,11 +28,15 @@ _LAYOUT: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
 }
 
 
+# From this number on a state is three times as large: for saves that shall not fit.
+LARGE = 1_000_000
+
+
 @lru_cache(maxsize=8)
-def content(number: int, copies: int = 1) -> State:
-    """About 5 MB for each copy. Shared by all callers: do not write to it."""
+def content(number: int) -> State:
+    """About 5 MB. Shared by all callers: do not write to it."""
     state = {"number": torch.tensor(number)}
-    for copy in range(copies):
+    for copy in range(3 if number >= LARGE else 1):
         for index, (name, (dtype, shape)) in enumerate(_LAYOUT.items()):
             generator = np.random.Generator(np.random.SFC64((number % 2**64, copy, index)))
             data = bytearray(generator.bytes(math.prod(shape) * dtype.itemsize))
@@ -43,9 +47,9 @@ def content(number: int, copies: int = 1) -> State:
     return state
 
 
-def difference(state: Mapping[str, torch.Tensor], number: int, copies: int = 1) -> str:
-    """The first respect in which `state` is not content(number, copies), or ""."""
-    expected = content(number, copies)
+def difference(state: Mapping[str, torch.Tensor], number: int) -> str:
+    """The first respect in which `state` is not content(number), or ""."""
+    expected = content(number)
     if state.keys() != expected.keys():
         return f"tensors {sorted(state.keys() ^ expected.keys())} are missing or too many"
     for name, tensor in expected.items():

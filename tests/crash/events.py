@@ -18,7 +18,7 @@ from random import Random
 import damage
 import images
 import verdicts
-from contents import content
+from contents import LARGE, content
 from damage import Damage
 from processes import Lost, Worker, Writer
 from savers import Contender, Span, files, remove
@@ -79,7 +79,7 @@ def _killed(contender: type[Contender], lab: Lab, *, overwrite: bool) -> Iterato
             _instant(writer, rng)
             writer.reported()
             reported = writer.kill()
-        return lab.survivors(contender, directory, reported, overwrite)
+        return lab.survivors(contender, directory, reported, overwrite)._replace(midway=writer.midway)
 
     yield trial
 
@@ -101,11 +101,12 @@ def _power_cut(
                 else:
                     _instant(writer, rng)
                     writer.reported()
+                midway = writer.midway
                 # Someone else's fsync, or the journal's own timer, makes names durable that have no contents yet.
                 image.stop(log=rng.random() < 0.7)
                 reported = writer.kill()
             image.restart()
-            return lab.survivors(contender, directory, reported, overwrite)
+            return lab.survivors(contender, directory, reported, overwrite)._replace(midway=midway)
 
         yield trial
 
@@ -119,22 +120,22 @@ def _clone(contender: type[Contender], lab: Lab, *, filesystem: str) -> Iterator
             _wipe(directory)
             with Writer(contender, directory) as writer:
                 _instant(writer, rng)
-                reported = writer.reported()
+                reported, midway = writer.reported(), writer.midway
                 with image.clone(writer.pid) as clone:
-                    return lab.survivors(contender, clone / directory.name, reported, False)
+                    verdict = lab.survivors(contender, clone / directory.name, reported, False)
+                    return verdict._replace(midway=midway)
 
         yield trial
 
 
 # --- no space ---------------------------------------------------------------------------------------------------------
 
-_COPIES = 3
 _SMALL_MEBIBYTES = 64
 
 
 @contextmanager
 def _full(contender: type[Contender], lab: Lab, *, filesystem: str, overwrite: bool) -> Iterator[Trial]:
-    one, needed = (sum(tensor.nbytes for tensor in content(1, copies).values()) for copies in (1, _COPIES))
+    one, needed = (sum(tensor.nbytes for tensor in content(number).values()) for number in (1, LARGE))
 
     def trial(rng: Random, folder: Path) -> Verdict:
         # The largest room that is too little for everybody: who overwrites in place has that of the old one as well.
@@ -142,7 +143,7 @@ def _full(contender: type[Contender], lab: Lab, *, filesystem: str, overwrite: b
         room = most - rng.randrange(64 << 10) if rng.random() < 0.3 else rng.randrange(most)
         directory = folder / "run"
         _wipe(directory)
-        verdict: Verdict = lab.worker.call(verdicts.without_space, contender, directory, room, _COPIES, overwrite)
+        verdict: Verdict = lab.worker.call(verdicts.without_space, contender, directory, room, overwrite)
         return verdict
 
     if filesystem == "tmpfs":
@@ -222,13 +223,15 @@ def _missing(target: Target, rng: Random) -> Damage | None:
     return damage.delete(target.file(rng))
 
 
-def _not_a_file(target: Target, rng: Random) -> Damage | None:
+def _link(target: Target, rng: Random) -> Damage | None:
+    """To the same file of the older checkpoint, or to nothing."""
     file = target.file(rng)
     other = target.older if file == target.path else target.older / file.name
-    kind = rng.randrange(4)
-    if kind < 2:
-        return damage.replace_by_symlink(file, file if kind == 0 else other)
-    return damage.replace_by_fifo(file) if kind == 2 else damage.replace_by_directory(file)
+    return damage.replace_by_symlink(file, rng.choice([other, file]))
+
+
+def _not_a_file(target: Target, rng: Random) -> Damage | None:
+    return rng.choice([damage.replace_by_fifo, damage.replace_by_directory])(target.file(rng))
 
 
 @contextmanager
@@ -321,7 +324,8 @@ EVENTS: list[Event] = [
     _damage("data file of another step", _other_step, 50, _several),
     _damage("manifest of another step", _stale_manifest, 50, _several),
     _damage("a file deleted", _missing, 50, _several),
-    _damage("a link, fifo or directory for a file", _not_a_file, 100),
+    _damage("a symbolic link for a file", _link, 50),
+    _damage("a fifo or directory for a file", _not_a_file, 50),
 ]
 
 

@@ -26,6 +26,9 @@ _CONTEXT.set_forkserver_preload(["torch.distributed.checkpoint", "safetensors.to
 
 _START_SECONDS = 60
 
+# What a Writer's process tells, with a number or a text.
+_BEGUN, _SAVED, _FAILED = "begun", "saved", "failed"
+
 
 class Lost(Exception):
     """A process hung, died, or failed where nothing had been done to it."""
@@ -34,7 +37,8 @@ class Lost(Exception):
 class Writer:
     """Saves content(1), content(2), ... and reports each number once the contender says that it is safe.
 
-    Each has a step of its own, or with `overwrite` all are step 1. After `last` it waits to be killed.
+    Each has a step of its own, or with `overwrite` all are step 1. After `last` it waits to be killed. `midway` tells
+    after kill() whether a save was going on.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class Writer:
         )
         self._child = child
         self._reported: int | None = None
+        self.midway = False
         self._failure = ""
 
     def __enter__(self) -> Writer:
@@ -91,11 +96,15 @@ class Writer:
 
     def _receive(self) -> None:
         try:
-            number, failure = self._reports.recv()
+            kind, value = self._reports.recv()
         except EOFError:
-            number, failure = None, "the process is gone"
-        self._reported = number if number is not None else self._reported
-        self._failure = failure
+            kind, value = _FAILED, "the process is gone"
+        if kind == _FAILED:
+            self._failure = value
+        else:
+            self.midway = kind == _BEGUN
+        if kind == _SAVED:
+            self._reported = value
 
 
 class Worker:
@@ -138,12 +147,14 @@ def _write(reports: Connection, contender: type[Contender], directory: Path, ove
     try:
         saver = contender(directory)
         for number in itertools.count(1):
-            saver.save(1 if overwrite else number, content(number))
-            reports.send((number, ""))
+            state = content(number)
+            reports.send((_BEGUN, number))
+            saver.save(1 if overwrite else number, state)
+            reports.send((_SAVED, number))
             if number == last:
                 break
     except Exception as error:
-        reports.send((None, f"{type(error).__name__}: {error}"))
+        reports.send((_FAILED, f"{type(error).__name__}: {error}"))
     signal.pause()
 
 

@@ -72,7 +72,12 @@ def main() -> int:
     console = Console(stderr=True)
     enumeration = enumerate_states(args.enumerator, console) if "enumerate" in args.only else None
     contenders = [*OURS, *(PEERS if args.peers else [])]
-    results = inject(args, contenders, console)
+    results: list[Result] = []
+    interrupted = False
+    try:
+        inject(args, contenders, results, console)
+    except (KeyboardInterrupt, SystemExit):
+        interrupted = True  # what was found until now is worth printing
 
     lines = table(results, contenders, enumeration)
     print("\n".join(lines))
@@ -80,19 +85,17 @@ def main() -> int:
         args.table.write_text("\n".join(lines) + "\n")
     ours = [result for result in results if result.contender in OURS]
     violations = [result for result in ours if result.violation]
-    for result in violations:
-        verdict = result.verdict
-        print(f"\nVIOLATION: {result.contender.name}: {result.event.name}: {verdict.outcome.value}: {verdict.detail}")
-        again = f"--only {result.event.part} --seed {args.seed} --trial {result.trial}"
-        print(f"  again: python tests/crash/run.py {again}")
+    for event, contender, trial, verdict in violations:
+        print(f"\nVIOLATION: {contender.name}: {event.name}: {verdict.outcome.value}: {verdict.detail}")
+        print(f"  again: python tests/crash/run.py --only {event.part} --seed {args.seed} --trial {trial}")
     if enumeration and enumeration.violations:
         print(f"\nVIOLATION: {args.enumerator}:\n{enumeration.output}")
     faults = len(ours) + (enumeration.faults if enumeration else 0)
     broken = len(violations) + (enumeration.violations if enumeration else 0)
     midway = sum(result.verdict.midway for result in ours)
     print(f"\nfaults: {faults}, violations: {broken} (seed {args.seed}, {time.monotonic() - start:.0f} s;", end=" ")
-    print(f"{midway} kills, cuts and clones fell into the middle of a save)")
-    return 1 if broken else 0
+    print(f"{midway} kills, cuts and clones fell into the middle of a save){', interrupted' if interrupted else ''}")
+    return 1 if broken else 130 if interrupted else 0
 
 
 def enumerate_states(enumerator: Path, console: Console) -> Enumeration | None:
@@ -106,8 +109,9 @@ def enumerate_states(enumerator: Path, console: Console) -> Enumeration | None:
     return Enumeration(int(summary[1]), int(summary[2]), done.stdout + done.stderr)
 
 
-def inject(args: argparse.Namespace, contenders: list[type[Contender]], console: Console) -> list[Result]:
-    results: list[Result] = []
+def inject(
+    args: argparse.Namespace, contenders: list[type[Contender]], results: list[Result], console: Console
+) -> None:
     shares = sum(event.share for event in EVENTS)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with (
@@ -136,7 +140,6 @@ def inject(args: argparse.Namespace, contenders: list[type[Contender]], console:
                         rng = Random(f"{args.seed} {event.name} {index}")
                         results.append(Result(event, contender, index, happen(trial, rng)))
                         progress.advance(bar)
-    return results
 
 
 def table(results: list[Result], contenders: list[type[Contender]], enumeration: Enumeration | None) -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import narrowgauge as ng
-from contents import content, difference
+from contents import LARGE, content, difference
 from damage import Damage
 from savers import Contender, Span, files
 
@@ -36,7 +36,7 @@ class Outcome(enum.Enum):
 class Verdict(NamedTuple):
     outcome: Outcome
     detail: str = ""
-    # The fault came in the middle of a save: something unfinished was left.
+    # The fault came in the middle of a save.
     midway: bool = False
 
 
@@ -47,7 +47,6 @@ def survivors(contender: type[Contender], directory: Path, reported: int | None,
     was `overwritten`.
     """
     steps = contender.steps(directory)
-    midway = bool(contender.leftovers(directory)) or bool(steps and steps[-1] > (reported or 0) and not overwritten)
     found, refused = None, []
     for step in reversed(steps):
         try:
@@ -58,7 +57,7 @@ def survivors(contender: type[Contender], directory: Path, reported: int | None,
         number = int(state["number"]) if overwritten else step
         wrong = difference(state, number)
         if wrong:
-            return Verdict(Outcome.WRONG, f"step {step}: {wrong}", midway)
+            return Verdict(Outcome.WRONG, f"step {step}: {wrong}")
         if found is None:
             found = number
         if not contender.strict:
@@ -66,11 +65,11 @@ def survivors(contender: type[Contender], directory: Path, reported: int | None,
     detail = "; ".join(refused)
     if found is None:
         if reported is None:
-            return Verdict(Outcome.REFUSED if steps else Outcome.CORRECT, detail, midway)
-        return Verdict(Outcome.NOTHING, f"reported {reported}; {detail or 'there is no name'}", midway)
+            return Verdict(Outcome.REFUSED if steps else Outcome.CORRECT, detail)
+        return Verdict(Outcome.NOTHING, f"reported {reported}; {detail or 'there is no name'}")
     if found < (reported or 0):
-        return Verdict(Outcome.ROLLED_BACK, f"reported {reported}, the newest that loads is {found}; {detail}", midway)
-    return Verdict(Outcome.REFUSED if refused else Outcome.CORRECT, detail, midway)
+        return Verdict(Outcome.ROLLED_BACK, f"reported {reported}, the newest that loads is {found}; {detail}")
+    return Verdict(Outcome.REFUSED if refused else Outcome.CORRECT, detail)
 
 
 def resumed(contender: type[Contender], directory: Path) -> Verdict:
@@ -142,38 +141,44 @@ def _unclear(error: Exception | None, damage: Damage, touched: Sequence[Span]) -
     return ""
 
 
-def without_space(contender: type[Contender], directory: Path, room: int, copies: int, overwrite: bool) -> Verdict:
-    """A save of step 2 (or again of step 1) that needs more than the `room` bytes that the file system has left."""
+def without_space(contender: type[Contender], directory: Path, room: int, overwrite: bool) -> Verdict:
+    """A save of step 2, or of step 1 again, that needs more than the `room` bytes that the file system has left."""
     filler = directory.parent / "filler"
     saver = contender(directory)
     try:
         saver.save(1, content(1))
         _fill(filler, room)
         try:
-            saver.save(1 if overwrite else 2, content(2, copies))
+            saver.save(1 if overwrite else 2, content(LARGE))
         except Exception as error:
-            verdict = survivors(contender, directory, 1, overwrite)
-            if verdict.outcome is Outcome.NOTHING:
-                verdict = Verdict(Outcome.PREVIOUS_LOST, verdict.detail)
-            elif verdict.outcome is Outcome.CORRECT:
-                verdict = Verdict(Outcome.REFUSED, _describe(error))
-            elif verdict.outcome is Outcome.REFUSED and contender.strict:
-                verdict = Verdict(Outcome.UNCLEAR, f"what failed is left under its name: {verdict.detail}")
-            if contender.strict and getattr(error, "errno", None) != errno.ENOSPC:
-                verdict = Verdict(Outcome.UNCLEAR, f"not OSError with ENOSPC: {_describe(error)}")
+            verdict = _after_refusal(contender, directory, error)
         else:
             verdict = Verdict(Outcome.UNREPORTED, f"{room} bytes were free")
         filler.unlink()
-        if verdict.outcome is Outcome.REFUSED:
-            try:
-                saver.save(3, content(3))
-            except Exception as error:
-                return Verdict(Outcome.STUCK, _describe(error))
-            again = _clean(contender, directory, 3)
-            return verdict if again.outcome is Outcome.CORRECT else again
-        return verdict
+        if verdict.outcome is not Outcome.REFUSED:
+            return verdict
+        try:
+            saver.save(3, content(3))
+        except Exception as error:
+            return Verdict(Outcome.STUCK, _describe(error))
+        again = _clean(contender, directory, 3)
+        return verdict if again.outcome is Outcome.CORRECT else again
     finally:
         saver.close()
+
+
+def _after_refusal(contender: type[Contender], directory: Path, error: Exception) -> Verdict:
+    """A save raised `error`: content(1), which was saved before, must still be there."""
+    verdict = survivors(contender, directory, 1, True)
+    if verdict.outcome is Outcome.NOTHING:
+        return Verdict(Outcome.PREVIOUS_LOST, verdict.detail)
+    if verdict.outcome not in (Outcome.CORRECT, Outcome.REFUSED):
+        return verdict
+    if contender.strict and verdict.outcome is Outcome.REFUSED:
+        return Verdict(Outcome.UNCLEAR, f"what failed is left under its name: {verdict.detail}")
+    if contender.strict and getattr(error, "errno", None) != errno.ENOSPC:
+        return Verdict(Outcome.UNCLEAR, f"not an OSError with ENOSPC: {_describe(error)}")
+    return Verdict(Outcome.REFUSED, _describe(error))
 
 
 def save_steps(contender: type[Contender], directory: Path, steps: Sequence[int]) -> None:

@@ -154,12 +154,13 @@ std::string why_no_io_uring();
 
 // --- the file tier ------------------------------------------------------------------------------------------
 
-// Memory's slow tier: buffers on a file, each under a key of the caller's. It is scratch space, not storage: nothing is
-// made durable. Thread-safe; a thread of its own moves the bytes, in the order of the calls, pieces of several buffers
-// at a time. Memory that is aligned to the file's alignment() is transferred in place, the rest through staging.
+// Memory's slow tier: buffers on a file, each under a key of the caller's; a sleeping HostPool's sink. It is scratch
+// space, not storage: nothing is made durable. Thread-safe; a thread of its own moves the bytes, in the order of the
+// calls, pieces of several buffers at a time. Memory that is aligned to the file's alignment() is transferred in place,
+// the rest through staging.
 //
 // Failures of a transfer are thrown by its future, or by put() and get(). A buffer whose put failed fails every get.
-class FileTier {
+class FileTier final : public PageSink {
  public:
   static constexpr uint64_t kNoLimit = std::numeric_limits<uint64_t>::max();
 
@@ -169,7 +170,7 @@ class FileTier {
   // On a file that is open and the tier's alone.
   explicit FileTier(std::unique_ptr<DirectFile> file, uint64_t limit = kNoLimit);
   // Waits for what was asked for.
-  ~FileTier();
+  ~FileTier() override;
   FileTier(const FileTier&) = delete;
   FileTier& operator=(const FileTier&) = delete;
 
@@ -178,8 +179,8 @@ class FileTier {
   std::future<void> put_async(uint64_t key, std::span<const std::byte> bytes);
   // Fills `out`, which must be as long as what was put. Throws InvalidArgument if there is no such buffer.
   std::future<void> get_async(uint64_t key, std::span<std::byte> out);
-  void put(uint64_t key, std::span<const std::byte> bytes) { put_async(key, bytes).get(); }
-  void get(uint64_t key, std::span<std::byte> out) { get_async(key, out).get(); }
+  void put(uint64_t key, std::span<const std::byte> bytes) override { put_async(key, bytes).get(); }
+  void get(uint64_t key, std::span<std::byte> out) override { get_async(key, out).get(); }
   // Forgets a buffer, if there is one; transfers that were asked for before still complete.
   void drop(uint64_t key);
 
