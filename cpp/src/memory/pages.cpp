@@ -31,7 +31,8 @@ constexpr int kMadvDontneedLocked = 24;
 constexpr size_t kPopulatePiece = size_t{64} << 20;
 constexpr unsigned kPopulateThreads = 16;
 
-constexpr int kReservationFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+// Not MAP_NORESERVE: memory behind a part would then be promised without limit. PROT_NONE alone costs nothing.
+constexpr int kReservationFlags = MAP_PRIVATE | MAP_ANONYMOUS;
 
 std::string message_of(int errno_value) { return std::generic_category().message(errno_value); }
 
@@ -52,6 +53,18 @@ int populate_piece(PageRange range) noexcept {
     return 0;
   }
   return 0;
+}
+
+// What the system can give without killing somebody, as it estimates; all there is where it does not say.
+size_t available_memory() {
+  std::ifstream file("/proc/meminfo");
+  size_t bytes = 0;
+  for (std::string line; std::getline(file, line);) {
+    for (const std::string_view key : {"MemAvailable:", "SwapFree:"}) {
+      if (line.starts_with(key)) bytes += std::strtoull(line.c_str() + key.size(), nullptr, 10) << 10;
+    }
+  }
+  return bytes > 0 ? bytes : ~size_t{0};
 }
 
 unsigned usable_cores() noexcept {
@@ -105,6 +118,10 @@ void commit(PageRange range, const PagePolicy& policy) {
 }
 
 void populate(PageRange range) {
+  // A page that cannot be had kills the process instead of failing the call, so ask first.
+  const size_t available = available_memory();
+  NG_CHECK(range.size() <= available, OutOfMemory, range.size(), " bytes of memory are needed and the system has ",
+           available, " available");
   const size_t pieces = (range.size() + kPopulatePiece - 1) / kPopulatePiece;
   std::atomic<size_t> next{0};
   std::atomic<int> error{0};
