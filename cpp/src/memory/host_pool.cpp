@@ -11,10 +11,10 @@
 #include <array>
 #include <atomic>
 #include <bit>
-#include <exception>
 #include <mutex>
 #include <optional>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -98,11 +98,10 @@ class LiveTable {
 class HostPool::Impl {
  public:
   explicit Impl(const HostPoolOptions& options)
-      : policy_{options.huge_pages, options.numa_node},
+      : policy_{options.huge_pages, checked_node(options.numa_node)},
         live_(space_.size() / kPage),
         caches_(std::bit_ceil(2 * std::max(std::thread::hardware_concurrency(), 1u))) {
-    if (options.numa_node != -1) check_node(options.numa_node);
-    granules_.add({0, static_cast<uint32_t>(std::min(space_.size(), kMaxBytes) / kHugePage)});
+    granules_.add({0, static_cast<uint32_t>(space_.size() / kHugePage)});
     Registry& all = registry();
     const std::lock_guard lock(all.mutex);
     all.pools.push_back(this);
@@ -198,13 +197,12 @@ class HostPool::Impl {
     }
     sink_ = std::move(sink);
     kept_ = std::move(kept);
-    try {
-      discard_arenas();
-    } catch (...) {
-      set_state(State::asleep);
-      throw;
-    }
+    const int error = discard_arenas();
     set_state(State::asleep);
+    if (error != 0) {
+      throw SystemError(error,
+                        concat("the system keeps pages of a sleeping pool: ", std::generic_category().message(error)));
+    }
   }
 
   void wake() {
@@ -217,13 +215,9 @@ class HostPool::Impl {
       for (const Suballocator::Run arena : arenas()) populate(range_of(arena));
       for (const Suballocator::Run run : kept_) sink_->get(run.first, range_of(run));
     } catch (...) {
-      const std::exception_ptr error = std::current_exception();
-      try {
-        discard_arenas();
-      } catch (const SystemError&) {  // the first error says more
-      }
+      discard_arenas();
       set_state(State::asleep);
-      std::rethrow_exception(error);
+      throw;
     }
     kept_.clear();
     sink_.reset();
@@ -269,12 +263,15 @@ class HostPool::Impl {
     registry().mutex.unlock();
   }
 
-  static void check_node(int node) {
+  // The node to bind to, or -1 where there is no choice: a container may forbid the call.
+  static int checked_node(int node) {
+    if (node == -1) return -1;
     const std::vector<int> nodes = numa_nodes();
     std::string known;
     for (const int each : nodes) known += (known.empty() ? "" : ", ") + std::to_string(each);
     NG_CHECK(std::find(nodes.begin(), nodes.end(), node) != nodes.end(), InvalidArgument, "there is no NUMA node ",
              node, "; this machine has ", known);
+    return nodes.size() > 1 ? node : -1;
   }
 
   static uint32_t units_of(size_t bytes) noexcept {
@@ -447,8 +444,13 @@ class HostPool::Impl {
     return runs(false);
   }
 
-  void discard_arenas() {
-    for (const Suballocator::Run arena : arenas()) discard(range_of(arena));
+  // Returns 0, or the errno of a range that the system keeps.
+  int discard_arenas() const {
+    int error = 0;
+    for (const Suballocator::Run arena : arenas()) {
+      if (const int result = discard(range_of(arena)); result != 0) error = result;
+    }
+    return error;
   }
 
   [[noreturn]] void throw_out_of_memory(size_t bytes, const std::string& why) const {
@@ -456,7 +458,7 @@ class HostPool::Impl {
   }
 
   const PagePolicy policy_;
-  Reservation space_;
+  Reservation space_{kMaxBytes};
   LiveTable live_;
   std::atomic<uint64_t> bad_frees_{0};
 

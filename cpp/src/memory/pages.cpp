@@ -9,10 +9,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
-#include <cstdio>
-#include <cstring>
+#include <cstdlib>
 #include <fstream>
 #include <string>
+#include <string_view>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -31,7 +31,8 @@ constexpr int kMadvDontneedLocked = 24;
 constexpr size_t kPopulatePiece = size_t{64} << 20;
 constexpr unsigned kPopulateThreads = 16;
 
-constexpr int kReservationFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+// Not MAP_NORESERVE: memory behind a part would then be promised without limit. PROT_NONE alone costs nothing.
+constexpr int kReservationFlags = MAP_PRIVATE | MAP_ANONYMOUS;
 
 std::string message_of(int errno_value) { return std::generic_category().message(errno_value); }
 
@@ -52,6 +53,18 @@ int populate_piece(PageRange range) noexcept {
     return 0;
   }
   return 0;
+}
+
+// What the system can give without killing somebody, as it estimates; all there is where it does not say.
+size_t available_memory() {
+  std::ifstream file("/proc/meminfo");
+  size_t bytes = 0;
+  for (std::string line; std::getline(file, line);) {
+    for (const std::string_view key : {"MemAvailable:", "SwapFree:"}) {
+      if (line.starts_with(key)) bytes += std::strtoull(line.c_str() + key.size(), nullptr, 10) << 10;
+    }
+  }
+  return bytes > 0 ? bytes : ~size_t{0};
 }
 
 unsigned usable_cores() noexcept {
@@ -75,10 +88,10 @@ void bind(PageRange range, int node) {
 
 }  // namespace
 
-Reservation::Reservation() {
+Reservation::Reservation(size_t most) {
   const auto pages = static_cast<size_t>(std::max(sysconf(_SC_PHYS_PAGES), 1l));
   const size_t physical = pages * static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  size_ = std::max(4 * physical, size_t{64} << 30) / kHugePage * kHugePage;
+  size_ = std::min(std::max(4 * physical, size_t{64} << 30), most);
   // A limit on addresses (ulimit -v) may allow less. One huge page on either side is for alignment and stays empty.
   for (;; size_ /= 2) {
     size_ = size_ / kHugePage * kHugePage;
@@ -105,6 +118,10 @@ void commit(PageRange range, const PagePolicy& policy) {
 }
 
 void populate(PageRange range) {
+  // A page that cannot be had kills the process instead of failing the call, so ask first.
+  const size_t available = available_memory();
+  NG_CHECK(range.size() <= available, OutOfMemory, range.size(), " bytes of memory are needed and the system has ",
+           available, " available");
   const size_t pieces = (range.size() + kPopulatePiece - 1) / kPopulatePiece;
   std::atomic<size_t> next{0};
   std::atomic<int> error{0};
@@ -118,20 +135,22 @@ void populate(PageRange range) {
   // Threads of its own: the executor's may be waiting for the pool that is growing.
   std::vector<std::thread> helpers;
   const size_t count = std::min({pieces, size_t{usable_cores()}, size_t{kPopulateThreads}});
-  try {
-    while (helpers.size() + 1 < count) helpers.emplace_back(work);
-  } catch (const std::exception&) {  // fewer then
+  while (helpers.size() + 1 < count) {
+    try {
+      helpers.emplace_back(work);
+    } catch (const std::exception&) {
+      break;  // fewer then
+    }
   }
   work();
   for (std::thread& helper : helpers) helper.join();
   NG_CHECK(error == 0, OutOfMemory, message_of(error));
 }
 
-void discard(PageRange range) {
+int discard(PageRange range) noexcept {
   // MADV_FREE would leave the pages until the system needs them. Locked pages (mlockall) need the newer call.
-  if (madvise(range.data(), range.size(), kMadvDontneedLocked) == 0) return;
-  if (madvise(range.data(), range.size(), MADV_DONTNEED) == 0) return;
-  throw SystemError(errno, concat("cannot give back ", range.size(), " bytes of memory: ", message_of(errno)));
+  if (madvise(range.data(), range.size(), kMadvDontneedLocked) == 0) return 0;
+  return madvise(range.data(), range.size(), MADV_DONTNEED) == 0 ? 0 : errno;
 }
 
 void decommit(PageRange range) noexcept {
@@ -144,16 +163,17 @@ size_t bytes_in_huge_pages(PageRange range) {
   std::ifstream file("/proc/self/smaps");
   NG_CHECK(file, Error, "cannot read /proc/self/smaps");
   const auto begin = reinterpret_cast<uintptr_t>(range.data());
+  constexpr std::string_view kKey = "AnonHugePages:";
   size_t bytes = 0;
   bool inside = false;
   for (std::string line; std::getline(file, line);) {
-    unsigned long first = 0;
-    unsigned long last = 0;
-    size_t kilobytes = 0;
-    if (std::sscanf(line.c_str(), "%lx-%lx ", &first, &last) == 2) {
-      inside = first >= begin && last <= begin + range.size();
-    } else if (inside && std::sscanf(line.c_str(), "AnonHugePages: %zu kB", &kilobytes) == 1) {
-      bytes += kilobytes << 10;
+    // A mapping's first line is "7f00-7f20 rw-p ...", those that follow are "Key: number kB".
+    char* rest = nullptr;
+    const uintptr_t first = std::strtoull(line.c_str(), &rest, 16);
+    if (*rest == '-') {
+      inside = first >= begin && std::strtoull(rest + 1, nullptr, 16) <= begin + range.size();
+    } else if (inside && line.starts_with(kKey)) {
+      bytes += std::strtoull(line.c_str() + kKey.size(), nullptr, 10) << 10;
     }
   }
   return bytes;
@@ -164,11 +184,10 @@ std::vector<int> numa_nodes() {
   std::ifstream file("/sys/devices/system/node/online");
   std::vector<int> nodes;
   for (std::string part; std::getline(file, part, ',');) {
-    int first = 0;
-    int last = 0;
-    const int fields = std::sscanf(part.c_str(), "%d-%d", &first, &last);
-    if (fields == 1) last = first;
-    for (int node = first; fields >= 1 && node <= last; ++node) nodes.push_back(node);
+    char* rest = nullptr;
+    const long first = std::strtol(part.c_str(), &rest, 10);
+    const long last = *rest == '-' ? std::strtol(rest + 1, nullptr, 10) : first;
+    for (long node = first; node <= last; ++node) nodes.push_back(static_cast<int>(node));
   }
   if (nodes.empty()) nodes.push_back(0);
   return nodes;

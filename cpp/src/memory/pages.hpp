@@ -17,9 +17,9 @@ using PageRange = std::span<std::byte>;
 // as its own. Unmapped, memory included, by the destructor.
 class Reservation {
  public:
-  // Several times the physical memory, since freed addresses can be scattered; less where the system grants less.
-  // Throws OutOfMemory.
-  Reservation();
+  // Several times the physical memory, since freed addresses can be scattered, but not above `most`; less where the
+  // system grants less. Throws OutOfMemory.
+  explicit Reservation(size_t most);
   ~Reservation();
   Reservation(const Reservation&) = delete;
   Reservation& operator=(const Reservation&) = delete;
@@ -46,8 +46,8 @@ void commit(PageRange range, const PagePolicy& policy);
 // Faults a committed range in, contents kept. Throws OutOfMemory.
 void populate(PageRange range);
 
-// Gives the memory back and keeps the range committed: it reads as zeros. Throws SystemError.
-void discard(PageRange range);
+// Gives the memory back and keeps the range committed: it reads as zeros. Returns 0 or errno.
+int discard(PageRange range) noexcept;
 
 // Gives the memory back; the addresses stay reserved.
 void decommit(PageRange range) noexcept;

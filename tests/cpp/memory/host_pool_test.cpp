@@ -329,7 +329,9 @@ TEST(HostPool, ASinkMayFreeAndIsRefusedMemory) {
 TEST(HostPool, OutOfMemoryShowsRequestAndStatistics) {
   HostPool pool;
   const Block block = take(pool, kHuge, 1);
-  for (const size_t bytes : {size_t{1} << 40, size_t{1} << 50, ~size_t{0}}) {
+  // Refused by the memory there is, by the pool's addresses, by their numbering, by arithmetic.
+  const size_t physical = static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  for (const size_t bytes : {physical, 16 * physical, size_t{1} << 50, ~size_t{0}}) {
     try {
       pool.allocate(bytes);
       FAIL();
