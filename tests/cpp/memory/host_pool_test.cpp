@@ -212,12 +212,19 @@ TEST(HostPool, TrimGivesBackWhatIsFree) {
   EXPECT_EQ(pool.statistics().reserved, 0u);
 }
 
-TEST(HostPool, AddressesDoNotRunOut) {
+TEST(HostPool, AddressesAreUsedAgain) {
   HostPool pool;
-  for (int i = 0; i < 2000; ++i) {
-    pool.deallocate(pool.allocate(kHuge), kHuge);
+  uintptr_t lowest = ~uintptr_t{0};
+  uintptr_t highest = 0;
+  for (size_t i = 0; i < 500; ++i) {
+    const size_t bytes = (1 + i % 3) * kHuge;
+    void* block = pool.allocate(bytes);
+    lowest = std::min(lowest, reinterpret_cast<uintptr_t>(block));
+    highest = std::max(highest, reinterpret_cast<uintptr_t>(block) + bytes);
+    pool.deallocate(block, bytes);
     pool.trim();
   }
+  EXPECT_LE(highest - lowest, 8 * kHuge);
   EXPECT_EQ(pool.statistics().reserved, 0u);
 }
 
