@@ -42,6 +42,16 @@ struct Tensor {
   uint64_t byte_offset;
 };
 
+// What producers before version 1 hand over, in a capsule named "dltensor".
+struct LegacyManagedTensor {
+  Tensor tensor;
+  void* context;
+  void (*deleter)(LegacyManagedTensor* self);
+};
+
+enum Flag : uint64_t { kReadOnly = 1, kIsCopied = 2 };
+
+// In a capsule named "dltensor_versioned".
 struct ManagedTensor {
   Version version;
   void* context;
@@ -67,6 +77,7 @@ struct ExchangeApi {
   int (*current_work_stream)(int32_t device_type, int32_t device_id, void** out_stream);
 };
 
-static_assert(sizeof(Tensor) == 48 && sizeof(ManagedTensor) == 80 && sizeof(ExchangeApi) == 56);
+static_assert(sizeof(Tensor) == 48 && sizeof(LegacyManagedTensor) == 64 && sizeof(ManagedTensor) == 80 &&
+              sizeof(ExchangeApi) == 56);
 
 }  // namespace ng::dlpack

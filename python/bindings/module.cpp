@@ -46,6 +46,7 @@ NB_MODULE(_native, module) {
   bind_quantize(module);
   bind_linear(module);
   bind_device(module);
+  bind_memory(module);
   bind_io(module);
   bind_checkpoint(module);
 }

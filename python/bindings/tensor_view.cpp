@@ -44,7 +44,10 @@ std::string dlpack_name(dlpack::DataType type) {
 
 [[noreturn]] void throw_type_error(const std::string& message) { throw nb::type_error(message.c_str()); }
 
-void fill_view(TensorView& view, const dlpack::Tensor& tensor, const char* name) {
+}  // namespace
+
+TensorView view_of(const dlpack::Tensor& tensor, const char* name) {
+  TensorView view;
   NG_CHECK(tensor.device.type == dlpack::kCpu || tensor.device.type == dlpack::kCudaHost, InvalidArgument, name,
            " is on a device of DLPack type ", tensor.device.type, ", expected host memory");
   NG_CHECK(tensor.ndim <= kMaxDims, InvalidArgument, name, " has ", tensor.ndim, " axes, at most ", kMaxDims,
@@ -66,9 +69,8 @@ void fill_view(TensorView& view, const dlpack::Tensor& tensor, const char* name)
   if (tensor.data != nullptr) view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
   NG_CHECK(view.data != nullptr || dense_stride == 0, InvalidArgument, name,
            " has no memory behind it (a fake or meta tensor?)");
+  return view;
 }
-
-}  // namespace
 
 const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) noexcept {
   for (const CacheEntry& entry : cache) {
@@ -95,7 +97,7 @@ BorrowedTensor::BorrowedTensor(nb::handle object, const char* name, Access acces
   if (const dlpack::ExchangeApi* api = exchange_api(Py_TYPE(object.ptr()))) {
     dlpack::Tensor tensor;
     if (api->view_from_object(object.ptr(), &tensor) != 0) nb::raise_python_error();
-    fill_view(view_, tensor, name);
+    view_ = view_of(tensor, name);
     return;
   }
   // Exact matches only: a conversion would make a copy, and writing to a copy would lose the result.
@@ -119,15 +121,14 @@ BorrowedTensor::BorrowedTensor(nb::handle object, const char* name, Access acces
     strides[axis] = owner_.stride(axis);
   }
   const nb::dlpack::dtype dtype = owner_.dtype();
-  fill_view(view_,
-            {.data = const_cast<void*>(static_cast<const void*>(owner_.data())),
-             .device = {owner_.device_type(), owner_.device_id()},
-             .ndim = static_cast<int32_t>(owner_.ndim()),
-             .dtype = {dtype.code, dtype.bits, dtype.lanes},
-             .shape = shape.data(),
-             .strides = strides.data(),
-             .byte_offset = 0},
-            name);
+  view_ = view_of({.data = const_cast<void*>(static_cast<const void*>(owner_.data())),
+                   .device = {owner_.device_type(), owner_.device_id()},
+                   .ndim = static_cast<int32_t>(owner_.ndim()),
+                   .dtype = {dtype.code, dtype.bits, dtype.lanes},
+                   .shape = shape.data(),
+                   .strides = strides.data(),
+                   .byte_offset = 0},
+                  name);
 }
 
 void require_float(const TensorView& view, const char* name) {

@@ -35,6 +35,9 @@ class BorrowedTensor {
   nb::ndarray<nb::ro> owner_;  // empty on the exchange path
 };
 
+// A view of a DLPack tensor's elements. Throws as BorrowedTensor does.
+TensorView view_of(const dlpack::Tensor& tensor, const char* name);
+
 // The exchange table of an object's type, or null. Thread-safe, with or without the GIL's protection.
 const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) noexcept;
 

@@ -13,9 +13,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from narrowgauge import _native
-from narrowgauge._native import Format, format_aliases, set_threads, threads
+from narrowgauge._native import Format, Tensor, format_aliases, set_threads, threads
 from narrowgauge.errors import CheckpointCorrupt, CheckpointError, Error, FileCorrupt, PerformanceWarning
 from narrowgauge.linear import linear
+from narrowgauge.memory import HostPool, PoolStatistics
 from narrowgauge.qtensor import Canonical, QTensor, quantize
 
 if TYPE_CHECKING:
@@ -61,11 +62,14 @@ __all__ = [
     "Error",
     "FileCorrupt",
     "Format",
+    "HostPool",
     "LayerReport",
     "PerRank",
     "PerformanceWarning",
+    "PoolStatistics",
     "QTensor",
     "QuantizeReport",
+    "Tensor",
     "checkpoint",
     "format_aliases",
     "fp4",

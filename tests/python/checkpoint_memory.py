@@ -68,7 +68,7 @@ class Files:
             target[:] = data.reshape(-1)
 
     def map(self, name: str) -> memoryview | None:
-        dtype, shape, data = self.tensors[name]
+        _, shape, data = self.tensors[name]
         return memoryview(data.reshape(-1)) if math.prod(shape) else None
 
 

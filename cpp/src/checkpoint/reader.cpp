@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <deque>
 #include <exception>
 #include <map>
 #include <mutex>
@@ -181,6 +180,7 @@ struct Checkpoint::Impl {
                    ReadStatistics& statistics, const std::function<void(uint64_t)>& done) {
     const OpenFile& open = open_file(items[0].region->file);
     const uint64_t size = manifest.files[items[0].region->file].bytes;
+    // Its destructor waits for what is in flight, and `scratch` outlives it.
     const std::unique_ptr<DirectFile> file = open_direct(open.path, OpenMode::read);
     const uint64_t block = file->alignment();
     const uint64_t slot_bytes = kTransfer + 2 * std::max<uint64_t>(block, 4096);
@@ -203,35 +203,25 @@ struct Checkpoint::Impl {
       for (const Copy& copy : item->copies) std::memcpy(copy.to, data + copy.source, copy.bytes);
       done(item->bytes);
     };
-    try {
-      for (const Item& item : items) {
-        if (stop.load(std::memory_order_relaxed)) break;
-        const uint64_t begin = item.offset() / block * block;
-        const uint64_t end = (item.offset() + item.bytes + block - 1) / block * block;
-        if (end > size || end - begin > slot_bytes) {
-          Buffer tail(item.bytes);
-          read_buffered(item, tail, true, statistics);
-          done(item.bytes);
-          continue;
-        }
-        while (idle.empty()) finish();
-        const uint64_t slot = idle.back();
-        idle.pop_back();
-        pending[slot] = {&item, begin};
-        file->read({scratch.data() + slot * slot_bytes, end - begin}, begin, slot);
-        statistics.bytes_read += end - begin;
-        statistics.bytes_direct += end - begin;
+    for (const Item& item : items) {
+      if (stop.load(std::memory_order_relaxed)) break;
+      const uint64_t begin = item.offset() / block * block;
+      const uint64_t end = (item.offset() + item.bytes + block - 1) / block * block;
+      if (end > size || end - begin > slot_bytes) {
+        Buffer tail(item.bytes);
+        read_buffered(item, tail, true, statistics);
+        done(item.bytes);
+        continue;
       }
-      while (file->in_flight() > 0) finish();
-    } catch (...) {
-      while (file->in_flight() > 0) {  // the scratch memory is in use until then
-        try {
-          file->wait();
-        } catch (const std::exception&) {  // the first error is the one to report
-        }
-      }
-      throw;
+      while (idle.empty()) finish();
+      const uint64_t slot = idle.back();
+      idle.pop_back();
+      pending[slot] = {&item, begin};
+      file->read({scratch.data() + slot * slot_bytes, end - begin}, begin, slot);
+      statistics.bytes_read += end - begin;
+      statistics.bytes_direct += end - begin;
     }
+    while (file->in_flight() > 0) finish();
   }
 
   // Reads all items on all threads. pre: those of one file are together.

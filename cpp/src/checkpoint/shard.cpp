@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <exception>
 #include <map>
 #include <set>
 #include <utility>
@@ -59,26 +58,15 @@ FileTensor file_tensor(const CheckpointPart& part) {
   return out;
 }
 
-// Waits for what is in flight on every way out: the memory that it uses must not go first.
-class Drain {
- public:
-  explicit Drain(DirectFile& file) : file_(file) {}
-  ~Drain() {
-    while (file_.in_flight() > 0) {
-      try {
-        file_.wait();
-      } catch (const std::exception&) {  // the error that led here is the one to report
-      }
-    }
-  }
-  Drain(const Drain&) = delete;
-  Drain& operator=(const Drain&) = delete;
-
- private:
-  DirectFile& file_;
-};
-
 }  // namespace
+
+void Staging::reserve(const std::shared_ptr<HostPool>& pool, uint64_t bytes) {
+  if (bytes <= static_cast<uint64_t>(block_->bytes()) && block_->data != nullptr) return;
+  block_ = Tensor();  // first, so that the two are never there together
+  pool->trim();
+  const int64_t shape[] = {static_cast<int64_t>(round_up(bytes, uint64_t{2} << 20))};
+  block_ = Tensor::empty(pool, shape, DType::u8);
+}
 
 Shard::Shard(std::vector<CheckpointPart> parts, int64_t step, ShardMemory& memory)
     : parts_(std::move(parts)), step_(step), memory_(memory) {
@@ -131,10 +119,7 @@ void Shard::snapshot() {
     size += segment.bytes;
     end_in_file = segment.offset + segment.bytes;
   }
-  if (memory_.image.size() < size) {
-    memory_.image = Buffer();  // first, so that the two are never there together
-    memory_.image = Buffer(round_up(std::max(size, uint64_t{8} << 20), uint64_t{2} << 20));
-  }
+  memory_.image.reserve(memory_.pool, size);
   std::vector<Piece> pieces;
   size_t next = 0;
   for (Segment& segment : segments_) {
@@ -206,15 +191,15 @@ void Shard::write(FileSystem& files, const std::string& directory, const std::st
                   const std::function<void()>& released, const std::function<void(uint64_t, uint64_t)>& progress) {
   name_ = name;
   const std::unique_ptr<DirectFile> file = files.create(directory + "/" + name);
-  const Drain drain(*file);
   engine_ = file->engine();
   const uint64_t block = file->alignment();
   const int depth = std::min(file->queue_depth(), kQueueDepth);
+  const uint64_t buffers = std::min<uint64_t>(static_cast<uint64_t>(depth), file_bytes_ / kTransfer + 1);
   file->preallocate(round_up(file_bytes_, block));
 
   std::vector<uint64_t> idle;  // staging buffers, by their tag
-  if (memory_.ring.size() != 0) file->register_memory({memory_.ring.data(), memory_.ring.size()});
-  for (int i = 0; i < depth; ++i) idle.push_back(static_cast<uint64_t>(i));
+  bool ring_is_ready = false;
+  for (uint64_t tag = 0; tag < buffers; ++tag) idle.push_back(tag);
   const auto wait = [&] {
     const uint64_t tag = file->wait();
     if (tag != kInPlace) idle.push_back(tag);
@@ -238,9 +223,10 @@ void Shard::write(FileSystem& files, const std::string& directory, const std::st
       }
       file->write({data, length}, end - length, kInPlace);
     } else {
-      if (memory_.ring.size() == 0) {
-        memory_.ring = Buffer(kQueueDepth * kTransfer);
-        file->register_memory({memory_.ring.data(), memory_.ring.size()});
+      if (!ring_is_ready) {
+        memory_.ring.reserve(memory_.pool, buffers * kTransfer);
+        file->register_memory(memory_.ring.bytes());
+        ring_is_ready = true;
       }
       while (idle.empty()) wait();
       const uint64_t tag = idle.back();
@@ -276,15 +262,14 @@ Manifest Shard::report() const {
 }
 
 void write_durable(FileSystem& files, const std::string& path, std::string_view text) {
+  Buffer buffer;  // before the file, whose destructor waits for what uses it
   const std::unique_ptr<DirectFile> file = files.create(path);
-  const uint64_t block = file->alignment();
-  const uint64_t padded = round_up(text.size(), std::max<uint64_t>(block, kBlock));
-  Buffer buffer(padded + kBlock);  // Buffer aligns to 64
+  const uint64_t padded = round_up(text.size(), std::max<uint64_t>(file->alignment(), kBlock));
+  buffer = Buffer(padded + kBlock);
   const auto address = round_up(reinterpret_cast<uintptr_t>(buffer.data()), kBlock);
   auto* data = buffer.data() + (address - reinterpret_cast<uintptr_t>(buffer.data()));
   std::memcpy(data, text.data(), text.size());
   std::memset(data + text.size(), 0, padded - text.size());
-  const Drain drain(*file);
   for (uint64_t at = 0; at < padded; at += kTransfer) {
     if (file->in_flight() >= file->queue_depth()) file->wait();
     file->write({data + at, std::min(kTransfer, padded - at)}, at, 0);

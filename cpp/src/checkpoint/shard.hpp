@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <span>
 #include <string>
 #include <vector>
@@ -16,16 +17,29 @@
 #include "io/file_system.hpp"
 #include "narrowgauge/checkpoint.hpp"
 #include "narrowgauge/memory.hpp"
+#include "narrowgauge/tensor.hpp"
 
 namespace ng {
 
 inline constexpr uint64_t kBlock = 4096;               // what data begins on; every known disk's block divides it
 inline constexpr uint64_t kChunk = uint64_t{1} << 20;  // bytes under one checksum
 
-// Memory that a Checkpointer keeps from one save to the next.
+// A block of a pool that grows when more is asked for, its contents then lost.
+class Staging {
+ public:
+  void reserve(const std::shared_ptr<HostPool>& pool, uint64_t bytes);
+  std::byte* data() const noexcept { return static_cast<std::byte*>(block_->data); }
+  std::span<std::byte> bytes() const noexcept { return {data(), static_cast<size_t>(block_->bytes())}; }
+
+ private:
+  Tensor block_;
+};
+
+// Memory that a Checkpointer keeps from one save to the next, faulted in before it is first used.
 struct ShardMemory {
-  Buffer image;  // copies of what is not borrowed
-  Buffer ring;   // staging buffers
+  std::shared_ptr<HostPool> pool = std::make_shared<HostPool>();
+  Staging image;  // copies of what is not borrowed
+  Staging ring;   // staging buffers
 };
 
 class Shard {

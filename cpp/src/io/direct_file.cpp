@@ -196,23 +196,23 @@ void EngineFile::transfer_now(Transfer& transfer) {
   }
 }
 
-uint64_t EngineFile::wait() {
-  NG_CHECK(in_flight() > 0, InvalidArgument, "wait() on ", file_.path, ": nothing is in flight");
+Completion EngineFile::wait_any() {
+  NG_CHECK(in_flight() > 0, InvalidArgument, "wait on ", file_.path, ": nothing is in flight");
   if (over_.empty()) {
     check_usable();
     retire_one();
   }
   const Transfer transfer = over_.front();
   over_.pop_front();
-  return report(transfer);
+  return {transfer.tag, failure(transfer)};
 }
 
-uint64_t EngineFile::report(const Transfer& transfer) const {
-  if (transfer.error == 0 && !transfer.beyond_end) return transfer.tag;
+std::exception_ptr EngineFile::failure(const Transfer& transfer) const {
+  if (transfer.error == 0 && !transfer.beyond_end) return nullptr;
   const std::string what = concat("cannot ", transfer.is_write ? "write " : "read ", transfer.length,
                                   " bytes at offset ", transfer.offset, " of ", file_.path, ": ");
-  if (transfer.beyond_end) throw FileCorrupt(concat(what, "the file ends before"));
-  throw SystemError(transfer.error, what + std::generic_category().message(transfer.error));
+  if (transfer.beyond_end) return std::make_exception_ptr(FileCorrupt(what + "the file ends before"));
+  return std::make_exception_ptr(SystemError(transfer.error, what + std::generic_category().message(transfer.error)));
 }
 
 void EngineFile::retire_one() {
@@ -227,12 +227,12 @@ void EngineFile::drain() {
 }
 
 void EngineFile::throw_first_failure() {
-  const auto failed =
-      std::find_if(over_.begin(), over_.end(), [](const Transfer& each) { return each.error != 0 || each.beyond_end; });
-  if (failed == over_.end()) return;
-  const Transfer transfer = *failed;
-  over_.erase(failed);
-  report(transfer);
+  for (auto transfer = over_.begin(); transfer != over_.end(); ++transfer) {
+    if (const std::exception_ptr error = failure(*transfer)) {
+      over_.erase(transfer);
+      std::rethrow_exception(error);
+    }
+  }
 }
 
 void EngineFile::preallocate(uint64_t bytes) {

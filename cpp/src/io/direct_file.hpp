@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <deque>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <span>
@@ -57,7 +58,7 @@ class EngineFile : public DirectFile {
   void register_memory(std::span<std::byte> memory) override;
   void write(std::span<const std::byte> bytes, uint64_t offset, uint64_t tag) final;
   void read(std::span<std::byte> bytes, uint64_t offset, uint64_t tag) final;
-  uint64_t wait() final;
+  Completion wait_any() final;
   int in_flight() const noexcept final { return running_ + static_cast<int>(over_.size()); }
   void preallocate(uint64_t bytes) final;
   void truncate(uint64_t bytes) final;
@@ -95,7 +96,7 @@ class EngineFile : public DirectFile {
   void begin(const Transfer& transfer);
   void check_usable() const;
   void retire_one();
-  uint64_t report(const Transfer& transfer) const;
+  std::exception_ptr failure(const Transfer& transfer) const;
   void throw_first_failure();
   bool settle_end(Transfer& transfer) const;
   void leave_direct() const noexcept;

@@ -1,9 +1,6 @@
 // The engine that works everywhere: pread and pwrite on a few threads of the file's own.
 //
-// Threads start as transfers come and end with the file. They carry no signals: handlers run on the program's threads.
-#include <pthread.h>
-#include <signal.h>
-
+// Threads start as transfers come and end with the file.
 #include <algorithm>
 #include <condition_variable>
 #include <deque>
@@ -15,6 +12,7 @@
 #include <vector>
 
 #include "io/direct_file.hpp"
+#include "io/thread.hpp"
 
 namespace ng {
 namespace {
@@ -80,16 +78,11 @@ class ThreadsFile final : public EngineFile {
   }
 
   void add_thread() {
-    sigset_t all;
-    sigset_t before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
     try {
-      crew_->threads.emplace_back([this] { serve(); });
+      crew_->threads.push_back(start_thread([this] { serve(); }));
     } catch (const std::system_error&) {
       // The threads that there are do the work.
     }
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
   }
 
   void serve() {

@@ -21,8 +21,9 @@ double PoolStatistics::fragmentation() const noexcept {
 }
 
 std::string PoolStatistics::to_string() const {
-  return concat("in use ", in_use, " bytes in ", blocks, " blocks, peak ", peak, ", reserved ", reserved, ", cached ",
-                cached, ", largest free ", largest_free, ", fragmentation ", fragmentation());
+  const std::string most = peak == 0 ? "" : concat(", peak ", peak);  // counted by StatisticsPool only
+  return concat("in use ", in_use, " bytes in ", blocks, " blocks", most, ", reserved ", reserved, ", cached ", cached,
+                ", largest free ", largest_free, ", fragmentation ", fragmentation());
 }
 
 LimitPool::LimitPool(std::shared_ptr<Pool> pool, size_t limit) : pool_(std::move(pool)), limit_(limit) {

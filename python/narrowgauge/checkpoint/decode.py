@@ -23,7 +23,7 @@ from narrowgauge._patterns import matches
 from narrowgauge.checkpoint import tensors, values
 from narrowgauge.checkpoint.shards import Box
 from narrowgauge.checkpoint.state import NARROWED, PerRank
-from narrowgauge.checkpoint.tensors import FILE_BYTES, TORCH_FORMS, Form, Library, dense_strides, span_of
+from narrowgauge.checkpoint.tensors import FILE_BYTES, TORCH_FORMS, TORCH_TAGS, Form, Library, dense_strides, span_of
 from narrowgauge.checkpoint.values import ROOT, Attribute, Node, Place, corrupt, decode_lengths, decode_value, show
 from narrowgauge.qtensor import FILE_DTYPES, Canonical, QTensor, canonical_parts
 
@@ -31,13 +31,6 @@ LEFT_OUT: Any = object()
 
 MAPPINGS: dict[str, Any] = {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter}
 SEQUENCES: dict[str, Any] = {"list": list, "tuple": tuple}
-# Tags of torch's tensors: (a Parameter, requires a gradient).
-TORCH_TAGS = {
-    "torch": (False, False),
-    "torch.grad": (False, True),
-    "torch.Parameter": (True, True),
-    "torch.Parameter.frozen": (True, False),
-}
 
 
 class Request(NamedTuple):

@@ -116,21 +116,26 @@ def plan(descriptions: Sequence[bytes]) -> Plan:
         views.setdefault(part[2], []).append(rank)
     listed = [(json.loads(text), ranks) for text, ranks in views.items()]
 
-    tensors = [Tensor(name, dtype, tuple(shape)) for name, dtype, shape, _ in listed[0][0]]
+    entries_of_first = listed[0][0]
+    tensors = [Tensor(name, dtype, tuple(shape)) for name, dtype, shape, _ in entries_of_first]
     regions: list[list[Region]] = [[] for _ in parts]
     shared: dict[tuple[int, ...], list[_Piece]] = {}
     tiled: set[Any] = set()
     for index, tensor in enumerate(tensors):
-        whole = tuple((0, length) for length in tensor.shape)
+        if not math.prod(shape := tensor.shape):
+            continue
+        whole = tuple((0, length) for length in shape)
         holders: dict[Box, list[int]] = {}
         for entries, ranks in listed:
-            name, dtype, shape, box = entries[index]
-            if (name, dtype, tuple(shape)) != tensor:
-                raise ValueError(f"tensor '{tensor.name}' is {tensor} on rank 0 and {name, dtype, shape} on {ranks[0]}")
+            *same, box = entries[index]
+            if same != entries_of_first[index][:3]:
+                raise ValueError(
+                    f"tensor '{tensor.name}' is {tensor.dtype} {list(shape)} on rank 0 and {same} on rank {ranks[0]}"
+                )
             holders.setdefault(whole if box is None else tuple(map(tuple, box)), []).extend(ranks)
         holders = {box: ranks for box, ranks in holders.items() if all(begin < end for begin, end in box)}
         if whole not in holders or len(holders) > 1:
-            how = (tensor.shape, tuple(holders))
+            how = (shape, tuple(holders))
             if how not in tiled:
                 _check_tiling(tensor, list(holders))
                 tiled.add(how)
@@ -144,7 +149,7 @@ def plan(descriptions: Sequence[bytes]) -> Plan:
     for rank, part in enumerate(parts):
         for offset, (name, dtype, shape, _) in enumerate(part[3]):
             if count := math.prod(shape):
-                regions[rank].append(Region(len(tensors), len(listed[0][0]) + offset, 0, count, None))
+                regions[rank].append(Region(len(tensors), len(entries_of_first) + offset, 0, count, None))
             tensors.append(Tensor(name, dtype, tuple(shape)))
     document = _document(trees[0], [part[1] for part in parts])
     return Plan(document, tensors, [sorted(each) for each in regions])
@@ -190,7 +195,7 @@ def _check_tiling(tensor: Tensor, boxes: list[Box]) -> None:
             cells = -1
             break
         cells *= len(ranges)
-    if cells != len(boxes) and math.prod(tensor.shape):
+    if cells != len(boxes):
         shown = ", ".join(str([list(bounds) for bounds in box]) for box in sorted(boxes)[:4])
         raise ValueError(
             f"tensor '{tensor.name}' {list(tensor.shape)} is not covered once by the parts that the ranks hold: "

@@ -9,10 +9,10 @@ from typing import Any, NoReturn
 
 from narrowgauge._arrays import Array, is_torch
 from narrowgauge.checkpoint import tensors, values
-from narrowgauge.checkpoint.decode import LEFT_OUT, MAPPINGS, SEQUENCES, TORCH_TAGS, Reader, Request, Source, TensorNode
+from narrowgauge.checkpoint.decode import LEFT_OUT, MAPPINGS, SEQUENCES, Reader, Request, Source, TensorNode
 from narrowgauge.checkpoint.shards import Box, dtensor_type, part_of
 from narrowgauge.checkpoint.state import PerRank
-from narrowgauge.checkpoint.tensors import dense_strides
+from narrowgauge.checkpoint.tensors import TORCH_TAGS, dense_strides
 from narrowgauge.checkpoint.values import ROOT, Attribute, Node, Place, decode_value, show
 from narrowgauge.qtensor import QTensor
 
@@ -253,13 +253,16 @@ _CONTAINERS = (*MAPPINGS.values(), *SEQUENCES.values(), PerRank)
 
 
 def _is_tensor_node(node: Node) -> bool:
-    return type(node) is list and (node[0] in TORCH_TAGS or (node[0] == "numpy" and len(node) == 4))
+    tag = values.tag_of(node, ROOT)
+    return tag in TORCH_TAGS or (tag == "numpy" and len(node) == 4)
 
 
 def _node_holds_tensors(node: Node) -> bool:
-    if type(node) is not list or not node:
-        return False
-    return _is_tensor_node(node) or node[0] in ("QTensor", "PerRank") or any(map(_node_holds_tensors, node))
+    if _is_tensor_node(node):
+        return True
+    tag = node[0] if type(node) is list else ""
+    children = node[1:] if tag in MAPPINGS or tag in SEQUENCES else ()
+    return tag in ("QTensor", "PerRank") or any(map(_node_holds_tensors, children))
 
 
 def _holds_tensors(value: Any, depth: int = 0) -> bool:

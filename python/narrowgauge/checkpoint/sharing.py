@@ -6,17 +6,15 @@ one memory, though no element is in both: storing the range once and both as vie
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from narrowgauge._arrays import Array
 from narrowgauge.checkpoint.tensors import Form
 from narrowgauge.checkpoint.values import Node, Place
 
 
-@dataclass(slots=True)
-class Held:
+class Held(NamedTuple):
     """Memory that a state holds, seen in one way: an array whose elements span bytes [begin, end)."""
 
     begin: int

@@ -25,12 +25,11 @@ from narrowgauge._native import Format
 from narrowgauge._patterns import matches
 from narrowgauge.checkpoint.shards import Box, Part, dtensor_type, part_of
 from narrowgauge.checkpoint.sharing import Held, overlapping
-from narrowgauge.checkpoint.tensors import Form, Library, library
+from narrowgauge.checkpoint.tensors import TORCH_TAGS, Form, Library, library
 from narrowgauge.checkpoint.values import ROOT, Attribute, Node, Place, check_depth, encode_value, show
 from narrowgauge.qtensor import FILE_DTYPES, Canonical, QTensor, canonical_parts, quantize
 
-# Names that are not a tensor's own: the parts of a cut one, those of PerRank, safetensors' metadata.
-_RESERVED = re.compile(r"@|^rank\d+\.|^__metadata__$")
+_RESERVED = re.compile(r"rank\d+\.|__metadata__$")
 _NAME_LENGTH = 512
 
 
@@ -46,7 +45,7 @@ class PerRank:
     value: Any
 
 
-@dataclass
+@dataclass(slots=True)
 class Stored:
     """A tensor of a file, and the part of it that this rank holds."""
 
@@ -83,6 +82,7 @@ def encode(state: Any, formats: Mapping[str, Format | str] | None = None, rank: 
     return Encoded(tree, own, encoder.tensors, common)
 
 
+_TAGS = {flags: tag for tag, flags in TORCH_TAGS.items()}
 # The dtypes that quantize takes, as torch and as numpy name them.
 NARROWED = (*FLOATS, "<f4", "<f2")
 
@@ -109,11 +109,11 @@ class _Encoder:
             QTensor: self.matrix,
             PerRank: self.per_rank,
         }
-        if "numpy" in sys.modules:
+        if sys.modules.get("numpy") is not None:
             self.numpy = library("numpy")
             self.held[self.numpy] = []
             self.handlers[self.numpy.numpy.ndarray] = self.numpy_array
-        if "torch" in sys.modules:
+        if sys.modules.get("torch") is not None:
             self.torch = library("torch")
             self.held[self.torch] = []
             self.strided, self.parameter = self.torch.torch.strided, self.torch.torch.nn.Parameter
@@ -147,6 +147,7 @@ class _Encoder:
 
     def ordered(self, value: OrderedDict[Any, Any], name: str, place: Place, depth: int) -> Node:
         metadata: Node = None
+        check_depth(place, depth + 1)
         for attribute, item in vars(value).items():
             if attribute != "_metadata":  # torch's: the versions of the modules of a state_dict
                 raise TypeError(
@@ -186,11 +187,15 @@ class _Encoder:
         name = name or "state"
         if len(name) > _NAME_LENGTH or not name.isascii():
             name = name[:_NAME_LENGTH].encode("utf-8", "backslashreplace").decode()
-        reserved = "@" in name if self.prefix else _RESERVED.search(name)
+        # Names that are not a tensor's own: the parts of a cut one, those of PerRank, safetensors' metadata.
+        if "@" in name or (not self.prefix and name.startswith(("rank", "__")) and _RESERVED.match(name)):
+            name += "~"
         name = self.prefix + name
-        count = self.names.get(name, 1 if reserved else 0) + 1
-        unique = name
-        while count > 1 and (unique := f"{name}~{count}") in self.names:
+        if name not in self.names:
+            self.names[name] = 1
+            return name
+        count = self.names[name] + 1
+        while (unique := f"{name}~{count}") in self.names:
             count += 1
         self.names[name], self.names[unique] = count, 1
         return unique
@@ -199,25 +204,22 @@ class _Encoder:
         form = self.torch.forms.get(value.dtype)
         if form is None or not value.is_cpu or value.layout is not self.strided or value.is_nested:
             self.refuse(value, place)
-        tag, array = self.detached(value, type(value) is self.parameter)
+        grad = value.requires_grad
+        array = value.detach() if grad else value
         sources: tuple[Array, ...] = (value,)
-        if value.is_neg() or (value.is_complex() and value.is_conj()):
+        if value.is_neg() or (form.name.startswith("c") and value.is_conj()):
             array, sources = array.resolve_conj().resolve_neg(), ()
-        node: Node = [tag, form.name, [*value.shape], None]
+        shape = [*value.shape]
+        node: Node = [_TAGS[type(value) is self.parameter, grad], form.name, shape, None]
         begin = end = array.data_ptr()
         how: Any = id(value)
         if array.is_contiguous():
             if nbytes := array.nbytes:
-                end, how = begin + nbytes, (begin, form.name, value.shape)
+                end, how = begin + nbytes, (begin, form.name, *shape)
         elif array.numel():
             begin, end = self.torch.span(array)
-            how = (begin, form.name, value.shape, array.stride())
+            how = (begin, form.name, *shape, array.stride())
         return self.keep(self.torch, array, form, node, how, begin, end, sources, name, place)
-
-    def detached(self, value: Any, parameter: bool) -> tuple[str, Array]:
-        if value.requires_grad:
-            return ("torch.Parameter" if parameter else "torch.grad"), value.detach()
-        return ("torch.Parameter.frozen" if parameter else "torch"), value
 
     def numpy_array(self, value: Any, name: str, place: Place, depth: int) -> Node:
         form = self.numpy.form(value.dtype)
@@ -239,7 +241,7 @@ class _Encoder:
         form = self.torch.forms.get(local.dtype)
         if form is None or not local.is_cpu or local.layout is not self.strided:
             self.refuse(local, place)
-        tag, _ = self.detached(value, isinstance(value, self.parameter))
+        tag = _TAGS[isinstance(value, self.parameter), value.requires_grad]
         node = [tag, form.name, [*value.shape], None]
         # Not by address: the parts of other ranks may be empty, and the trees of all must be the same.
         storage = local.untyped_storage()._cdata
@@ -278,7 +280,7 @@ class _Encoder:
             node[-1] = self.narrow(array, format, node, name, place, part)
         else:
             node[-1] = name = self.reserve(name)
-            shape, box = (*node[2], *form.tail), None
+            shape, box = tuple(node[2]) + form.tail, None
             if part is not None and part.box is not None:
                 box = (*part.box, *((0, length) for length in form.tail))
             bare = library.stored(array, form) if form.indirect else array
@@ -400,8 +402,10 @@ class _Encoder:
                 continue
             offset = source.start(held.array) - begin
             if offset % held.form.itemsize and source.name == "torch":
+                others = next(each.place for each in group if each is not held)
                 raise ValueError(
-                    f"{show(held.place)} shares memory with {show(first.place)} at an odd offset, {offset}"
+                    f"{show(held.place)}, of {held.form.name}, begins {offset} bytes into the memory that it shares "
+                    f"with {show(others)}: no storage of torch could hold both"
                 )
             for node in held.nodes:
                 node[-1] = ["view", base.name, offset, *source.strides(held.array)]

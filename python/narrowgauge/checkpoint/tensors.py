@@ -163,6 +163,14 @@ TORCH_FORMS = {
     "complex128": Form("complex128", "F64", (2,), 16, True),
 }
 
+# Tags of torch's tensors in a tree: (a Parameter, requires a gradient).
+TORCH_TAGS = {
+    "torch": (False, False),
+    "torch.grad": (False, True),
+    "torch.Parameter": (True, True),
+    "torch.Parameter.frozen": (True, False),
+}
+
 
 class TorchLibrary(Library):
     name = "torch"

@@ -153,9 +153,9 @@ def _encode_items(tag: str, items: Iterable[object], place: Place, depth: int) -
 def _encode_numpy(numpy: Any, value: Any, place: Place) -> Node:
     kind = type(value)
     if kind is numpy.str_:
-        return ["numpy.str", encode_str(str(value))]
+        return ["numpy.str", encode_str("".join((value,)))]  # str() would drop zeros at the end
     if kind is numpy.bytes_:
-        return ["numpy.bytes", _base64(bytes(value))]
+        return ["numpy.bytes", _base64(b"".join((value,)))]
     dtype = value if isinstance(value, numpy.dtype) else value.dtype
     name = numpy_dtype_name(dtype)
     if name is None:

@@ -67,6 +67,7 @@ def command(json: JsonOption = False) -> None:
         "executor": _native.executor_name(),
         "read_bandwidth_gb_s": bandwidth,
         "huge_pages": huge_pages(),
+        "numa_nodes": _native.numa_nodes(),
         "optional": [finding._asdict() for finding in optional_parts()],
     }
     output.result(report, _summary(report), _optional(report))
@@ -89,6 +90,7 @@ def _summary(report: dict[str, Any]) -> Table:
             else f"not measured: needs numpy or torch, and {_READ_BYTES >> 20} MiB of free memory",
         ),
         ("huge pages", report["huge_pages"]),
+        ("NUMA nodes", ", ".join(map(str, report["numa_nodes"]))),
     ]
     return table(["", "found"], rows)
 

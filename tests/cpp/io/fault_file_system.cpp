@@ -366,15 +366,14 @@ class FaultFile final : public DirectFile {
     transfers_.push_back({tag, 0, beyond_end, concat("read ", path_, " at ", offset), {}, {}});
   }
 
-  uint64_t wait() override {
+  Completion wait_any() override {
     const std::lock_guard lock(disk_->mutex);
     disk_->check_alive();
     if (transfers_.empty()) throw std::logic_error("wait() on " + path_ + ": nothing is in flight");
     const size_t index = random_() % transfers_.size();
     const Transfer transfer = transfers_[index];
     transfers_.erase(transfers_.begin() + static_cast<std::ptrdiff_t>(index));
-    report(transfer);
-    return transfer.tag;
+    return {transfer.tag, failure(transfer)};
   }
 
   int in_flight() const noexcept override { return static_cast<int>(transfers_.size()); }
@@ -389,7 +388,7 @@ class FaultFile final : public DirectFile {
   void sync() override {
     const std::lock_guard lock(disk_->mutex);
     disk_->check_alive();
-    report_failures();
+    throw_first_failure();
     if (sync_error_ == 0) sync_error_ = disk_->run({.kind = Operation::sync, .text = "sync " + path_, .inode = inode_});
     if (sync_error_ != 0) throw_system_error(sync_error_, "make durable", path_);
   }
@@ -404,7 +403,7 @@ class FaultFile final : public DirectFile {
     const std::lock_guard lock(disk_->mutex);
     disk_->check_alive();
     closed_ = true;
-    report_failures();
+    throw_first_failure();
   }
 
   std::string engine() const override { return "memory"; }
@@ -426,22 +425,26 @@ class FaultFile final : public DirectFile {
              bytes.size(), "; expected multiples of ", alignment());
   }
 
-  void report(const Transfer& transfer) const {
+  std::exception_ptr failure(const Transfer& transfer) const {
     if (!transfer.memory.empty() &&
         std::memcmp(transfer.memory.data(), transfer.expected.data(), transfer.expected.size()) != 0) {
-      throw std::logic_error("memory changed before wait() returned: " + transfer.text);
+      throw std::logic_error("memory changed before its transfer was over: " + transfer.text);
     }
-    if (transfer.beyond_end) throw FileCorrupt("cannot " + transfer.text + ": the file ends before");
-    if (transfer.error != 0) throw SystemError(transfer.error, concat("cannot ", transfer.text));
+    if (transfer.beyond_end) {
+      return std::make_exception_ptr(FileCorrupt("cannot " + transfer.text + ": the file ends before"));
+    }
+    if (transfer.error == 0) return nullptr;
+    return std::make_exception_ptr(SystemError(
+        transfer.error, concat("cannot ", transfer.text, ": ", std::generic_category().message(transfer.error))));
   }
 
   // The others are left for wait().
-  void report_failures() {
-    for (size_t i = 0; i < transfers_.size(); ++i) {
-      if (transfers_[i].error == 0 && !transfers_[i].beyond_end) continue;
-      const Transfer transfer = transfers_[i];
-      transfers_.erase(transfers_.begin() + static_cast<std::ptrdiff_t>(i));
-      report(transfer);
+  void throw_first_failure() {
+    for (auto transfer = transfers_.begin(); transfer != transfers_.end(); ++transfer) {
+      if (const std::exception_ptr error = failure(*transfer)) {
+        transfers_.erase(transfer);
+        std::rethrow_exception(error);
+      }
     }
   }
 
