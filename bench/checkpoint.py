@@ -21,15 +21,14 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import random
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import checkpoint_loop
 import disk
@@ -37,124 +36,15 @@ import narrowgauge as ng
 import protocol
 import rich.progress
 import torch
-import usage
 from checkpoint_contenders import ADOPTED, CONTENDERS, DEFERRED, SNAPSHOT, Contender, Payload, flatten
+from checkpoint_loop import AGAIN
+from checkpoint_rounds import Bench, Sample, ratio, show_bars
 
 PARTS = ["durable", "cpu", "blocking", "loop", "load"]
 NARROWGAUGE = [SNAPSHOT, DEFERRED, ADOPTED]
 LOOP = [ADOPTED, SNAPSHOT, "DCP async_save", "torch.save"]
 FIO = "fio"
 MIB = 1 << 20
-
-
-class Sample(NamedTuple):
-    returned: float
-    durable: float
-    cpu: float
-    cached: int
-
-
-class Ratio(NamedTuple):
-    median: float
-    least: float
-    most: float
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f} [{self.least:.2f}..{self.most:.2f}]"
-
-
-def ratio(above: Sequence[float], below: Sequence[float]) -> Ratio:
-    """Of two lists by round."""
-    ratios = [a / b for a, b in zip(above, below, strict=True)]
-    return Ratio(statistics.median(ratios), min(ratios), max(ratios))
-
-
-class Bar(NamedTuple):
-    """A claim. `measured` is None if it was not measured, and `text` then says why."""
-
-    claim: str
-    bound: str
-    measured: float | None
-    text: str
-    holds: bool
-
-
-class Bench:
-    """Owns the directory, the states and the ways of saving, and collects results."""
-
-    def __init__(self, args: argparse.Namespace, directory: Path, tick: Callable[[str], None]) -> None:
-        self.args, self.directory, self.tick = args, directory, tick
-        self.contenders: dict[str, Contender] = {}
-        self.memory: dict[str, int] = {}
-        self.payloads: dict[bool, Payload] = {}
-        self.results: dict[str, Any] = {}
-        self.bars: list[Bar] = []
-
-    def payload(self, adopted: bool = False) -> Payload:
-        if adopted not in self.payloads:
-            self.tick("making the state")
-            self.payloads[adopted] = Payload(self.args.size)
-        return self.payloads[adopted]
-
-    @property
-    def gigabytes(self) -> float:
-        return self.payload().nbytes * 1e-9
-
-    def chosen(self, names: Sequence[str]) -> list[str]:
-        return [name for name in names if name in self.args.contenders]
-
-    def contender(self, name: str) -> Contender:
-        """Made once; its first save, which measures memory, is the warm-up."""
-        if name not in self.contenders:
-            self.tick(f"{name}: first save")
-            folder = self.directory / name.replace(" ", "-").replace(",", "").replace(".", "-")
-            contender = self.contenders[name] = CONTENDERS[name](self.payload(name == ADOPTED), folder)
-            gc.collect()
-            with usage.peak_memory() as peak:
-                contender.save(0)
-                contender.wait()
-            self.memory[name] = peak.nbytes
-            contender.clear()
-        return self.contenders[name]
-
-    def sample(self, name: str, step: int) -> Sample:
-        contender = self.contender(name)
-        disk.settle(self.directory)
-        gc.collect()
-        cpu, start = usage.cpu_seconds(), time.perf_counter()
-        contender.save(step)
-        returned = time.perf_counter() - start
-        contender.wait()
-        durable = time.perf_counter() - start
-        cpu = usage.cpu_seconds() - cpu
-        cached = disk.cached_bytes(contender.directory)
-        contender.clear()
-        return Sample(returned, durable, cpu, cached)
-
-    def interleave(self, cases: dict[str, Callable[[int], Sample]], what: str) -> dict[str, list[Sample]]:
-        samples: dict[str, list[Sample]] = {name: [] for name in cases}
-        order = list(cases)
-        for number in range(1, self.args.rounds + 1):
-            random.shuffle(order)
-            for name in order:
-                self.tick(f"{what}, round {number} of {self.args.rounds}: {name}")
-                samples[name].append(cases[name](number))
-        return samples
-
-    def savers(self, names: Sequence[str]) -> dict[str, Callable[[int], Sample]]:
-        for name in self.chosen(names):
-            self.contender(name)
-        return {name: lambda step, name=name: self.sample(name, step) for name in self.chosen(names)}
-
-    def bar(self, claim: str, bound: str, measured: float, text: str, holds: bool) -> None:
-        self.bars.append(Bar(claim, bound, measured, text, holds))
-
-    def unmeasured(self, claim: str, bound: str, why: str) -> None:
-        self.bars.append(Bar(claim, bound, None, why, False))
-
-    def close(self) -> None:
-        for contender in self.contenders.values():
-            contender.close()
 
 
 def measure_saves(bench: Bench, parts: list[str]) -> None:
@@ -307,25 +197,26 @@ def measure_loop(bench: Bench) -> None:
     for contender in contenders.values():
         contender.state = payload.state()  # adoption has moved the tensors
     lengths = [1.0, 6.0] if args.quick else [1.0, 2.0, 3.0, 6.0, 10.0]
-    rounds, iterations = (3, 2) if args.quick else (args.rounds, 3)
-    results = checkpoint_loop.measure(payload, contenders, lengths, rounds, iterations, bench.tick)
+    results = checkpoint_loop.measure(payload, contenders, lengths, args.rounds, bench.tick)
     for contender in contenders.values():
         contender.close()
     bench.results["loop"] = results
+    noise = {point["length"]: point["slowdown"] for point in results["points"] if point["contender"] == AGAIN}
     rows = []
     for point in results["points"]:
         name, slowdown, most = point["contender"], point["slowdown"], point["bound"]
         spread = f"{100 * slowdown:.1f} [{100 * point['lowest']:.1f}..{100 * point['highest']:.1f}]"
+        text = f"{slowdown:.1%} (without checkpoints, again: {noise[point['length']]:.1%})"
         step = f"{point['write_times']:.1f} ({point['step_seconds']:.2f} s)"
         rows.append([step, name, spread, "" if most is None else f"{100 * most:.1f}"])
         if most is not None and point["length"] >= 2:
             claim = f"{name}: slowdown, iteration of {point['length']:g} write times"
-            bench.bar(claim, f"<= {most:.1%}", slowdown, f"{slowdown:.1%}", slowdown <= most)
+            bench.bar(claim, f"<= {most:.1%}", slowdown, text, slowdown <= most)
         if name == ADOPTED and point["length"] == 6:
-            bench.bar(f"{name}: slowdown at six write times", "< 3 %", slowdown, f"{slowdown:.1%}", slowdown < 0.03)
+            bench.bar(f"{name}: slowdown at six write times", "< 3 %", slowdown, text, slowdown < 0.03)
     columns = ["iteration, write times", "way", "slowdown, %", "bound, %"]
     title = f"Training with a checkpoint of {results['bytes'] / 1e9:.2f} GB at every iteration"
-    protocol.print_table(f"{title}, {rounds} rounds of {iterations}", columns, rows)
+    protocol.print_table(f"{title}, {args.rounds} rounds", columns, rows)
     print("\nA shorter iteration than the write waits for the disk: the bound is a claim from two write times on.")
     costs = ", ".join(
         f"{name} {cost['durable']:.2f} s ({cost['blocking']:.3f} s blocking, {cost['cpu']:.2f} s CPU)"
@@ -384,14 +275,6 @@ def measure_load(bench: Bench) -> None:
     protocol.print_table(f"Loading {bench.gigabytes:.2f} GB", columns, rows)
 
 
-def show_bars(bars: list[Bar]) -> None:
-    if bars:
-        verdicts = ["not measured" if bar.measured is None else "pass" if bar.holds else "FAIL" for bar in bars]
-        rows = [[v, bar.claim, bar.bound, bar.text] for v, bar in zip(verdicts, bars, strict=True)]
-        protocol.print_table("Bars", ["", "claim", "bound", "measured"], rows)
-        print("\n" + ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts)))
-
-
 def measure(args: argparse.Namespace, directory: Path, tick: Callable[[str], None]) -> Bench:
     bench = Bench(args, directory, tick)
     try:
@@ -439,7 +322,7 @@ def main() -> None:
     print("disk:", ", ".join(f"{key} {value}" for key, value in facts.items()))
     if args.json:
         bars = [bar._asdict() for bar in bench.bars]
-        protocol.write_json(args.json, {"disk": facts, "bytes": bench.payload().nbytes, "bars": bars, **bench.results})
+        protocol.write_json(args.json, {"disk": facts, "size": args.size, "bars": bars, **bench.results})
     if args.png and "loop" in bench.results:
         checkpoint_loop.plot(bench.results["loop"], args.png)
         print(f"\nchart: {args.png}")

@@ -163,7 +163,7 @@ class Narrowgauge(Contender):
 
     def __init__(self, payload: Payload, directory: Path) -> None:
         super().__init__(payload, directory)
-        self.checkpointer = ng.Checkpointer(directory, mode=self.mode, keep=1000)
+        self.checkpointer = ng.Checkpointer(directory, mode=self.mode)
         self.prepare()
         self.state = payload.state()
 

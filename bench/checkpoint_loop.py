@@ -23,6 +23,7 @@ from checkpoint_contenders import ADOPTED, SNAPSHOT, Contender, Payload
 NOTHING = "no checkpoint"
 AGAIN = "no checkpoint, again"
 LENGTH = 32  # tokens of a sequence
+ITERATIONS = 2  # of a block
 TOGETHER = 8  # sequences of a micro-batch; gradients of several are summed
 
 
@@ -54,11 +55,15 @@ class Trainer:
         return elapsed / iterations
 
     def sequences_for(self, seconds: float) -> int:
-        """How many make an iteration of that length, by the times of two lengths."""
-        few, many = TOGETHER, 3 * TOGETHER
-        self.iterate(few)
-        short, long = (statistics.median(self.block(None, n, 1) for _ in range(5)) for n in (few, many))
-        return max(1, round(few + (seconds - short) * (many - few) / max(long - short, 1e-3)))
+        """How many make an iteration of that length, nearly: it is measured again afterwards."""
+        sequences = TOGETHER
+        for _ in range(6):
+            taken = statistics.median(self.block(None, sequences, 1) for _ in range(3))
+            if abs(taken / seconds - 1) < 0.1:
+                break
+            change = min(max(seconds / taken, 0.25), 4)
+            sequences = min(max(round(sequences * change), 1), len(self.data))
+        return sequences
 
 
 def save(contender: Contender, step: int) -> None:
@@ -95,7 +100,6 @@ def measure(
     contenders: dict[str, Contender],
     lengths: list[float],
     rounds: int,
-    iterations: int,
     tick: Callable[[str], None],
 ) -> dict[str, Any]:
     """`lengths` of an iteration in write times: of a save alone, by the fastest contender."""
@@ -116,7 +120,7 @@ def measure(
             seconds = {}
             for name in order:
                 tick(f"round {number + 1}, iterations of {length:g} write times: {name}")
-                seconds[name] = trainer.block(cases[name], sequences[length], iterations)
+                seconds[name] = trainer.block(cases[name], sequences[length], ITERATIONS)
             times[length].append(seconds)
 
     points = []

@@ -53,6 +53,9 @@ def refusal(directory: Path, nbytes: int) -> str | None:
     free = shutil.disk_usage(directory).free
     if free < nbytes:
         return f"{directory} has {free / 1e9:.1f} GB free, {nbytes / 1e9:.1f} GB are needed"
+    filesystem = facts(directory)["filesystem"]
+    if filesystem in ("tmpfs", "ramfs"):  # they accept O_DIRECT on newer kernels
+        return f"{directory} ({filesystem}) lies in memory"
     path = directory / "direct"
     try:
         file = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_DIRECT)
@@ -62,7 +65,7 @@ def refusal(directory: Path, nbytes: int) -> str | None:
         finally:
             os.close(file)
     except OSError as error:
-        return f"{directory} ({facts(directory)['filesystem']}) takes no direct writes: {error.strerror}"
+        return f"{directory} ({filesystem}) takes no direct writes: {error.strerror}"
     finally:
         path.unlink(missing_ok=True)
     return None
