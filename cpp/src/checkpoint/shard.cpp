@@ -91,12 +91,12 @@ Shard::Shard(std::vector<CheckpointPart> parts, int64_t step, ShardMemory& memor
   header_ = make_safetensors_header(ordered, {{"format", "pt"}, {"step", std::to_string(step)}}, kBlock);
 
   const auto* header = reinterpret_cast<const std::byte*>(header_.data());
-  segments_.push_back({nullptr, {}, 0, header_.size(), header, false, {0}});
+  segments_.push_back({nullptr, {}, 0, header_.size(), header, false, false, {0}});
   file_bytes_ = header_.size();
   for (size_t i = 0; i < ordered.size(); ++i) {
     const CheckpointPart& part = *tensors[i].second;
     const uint64_t bytes = part.bytes.size();
-    segments_.push_back({&part, std::move(ordered[i].name), file_bytes_, bytes, part.bytes.data(), part.borrowed,
+    segments_.push_back({&part, std::move(ordered[i].name), file_bytes_, bytes, part.bytes.data(), part.borrowed, false,
                          std::vector<uint32_t>(chunk_count(bytes, kChunk), 0)});
     file_bytes_ += bytes;
   }
@@ -105,8 +105,8 @@ Shard::Shard(std::vector<CheckpointPart> parts, int64_t step, ShardMemory& memor
 void Shard::snapshot() {
   struct Piece {
     std::byte* to;
-    const std::byte* from;
-    uint64_t bytes;
+    std::span<const std::byte> from;
+    uint32_t* checksum;
   };
   // Every copy has the alignment in the image that it has in the file, so that it is written from there.
   std::vector<uint64_t> places;
@@ -125,23 +125,31 @@ void Shard::snapshot() {
   for (Segment& segment : segments_) {
     if (segment.borrowed) continue;
     std::byte* to = memory_.image.data() + places[next++];
-    for (uint64_t at = 0; at < segment.bytes; at += kChunk) {
-      pieces.push_back({to + at, segment.data + at, std::min(kChunk, segment.bytes - at)});
+    const uint64_t chunk = chunk_of(segment);
+    for (uint64_t at = 0; at < segment.bytes; at += chunk) {
+      const uint64_t bytes = std::min(chunk, segment.bytes - at);
+      pieces.push_back({to + at, {segment.data + at, bytes}, &segment.checksums[at / chunk]});
     }
     segment.data = to;
+    segment.copied = true;
   }
   // Shares of at least a chunk: what is small is copied faster than a thread wakes up.
   const auto grain = static_cast<int64_t>(pieces.size() * kChunk / std::max(size, uint64_t{1}) + 1);
   default_executor().parallel_for(static_cast<int64_t>(pieces.size()), grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Piece& piece = pieces[static_cast<size_t>(i)];
-      std::memcpy(piece.to, piece.from, piece.bytes);
+      *piece.checksum = crc32c_copy(0, piece.from, piece.to);
     }
   });
 }
 
-// Extends the checksums of the segment by [at, at + length) of it, and copies that unless copy_to is null.
-void Shard::checksum(Segment& segment, uint64_t at, uint64_t length, std::byte* copy_to) {
+// The one pass over [at, at + length) of a segment on its way to the disk: its checksums, unless snapshot() has taken
+// them, and a copy, unless copy_to is null.
+void Shard::pass(Segment& segment, uint64_t at, uint64_t length, std::byte* copy_to) {
+  if (segment.copied) {
+    if (copy_to != nullptr) std::memcpy(copy_to, segment.data + at, length);
+    return;
+  }
   const uint64_t chunk = chunk_of(segment);
   while (length > 0) {
     const uint64_t part = std::min(length, chunk - at % chunk);
@@ -180,7 +188,7 @@ uint64_t Shard::stage(size_t index, uint64_t position, uint64_t block, std::byte
     const uint64_t at = position + length - segment.offset;
     if (length > 0 && length % block == 0 && in_place(index, position + length, block) > 0) break;
     const uint64_t part = std::min(segment.bytes - at, kTransfer - length);
-    checksum(segment, at, part, out + length);
+    pass(segment, at, part, out + length);
     length += part;
     if (at + part == segment.bytes) ++index;
   }
@@ -219,7 +227,7 @@ void Shard::write(FileSystem& files, const std::string& directory, const std::st
         Segment& segment = segments_[i];
         const uint64_t at = position - segment.offset;
         const uint64_t part = std::min(segment.bytes - at, end - position);
-        checksum(segment, at, part, nullptr);
+        pass(segment, at, part, nullptr);
         if (segment.borrowed) borrowed_bytes_ += part;
         position += part;
       }

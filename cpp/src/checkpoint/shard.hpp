@@ -48,7 +48,8 @@ class Shard {
   // and `memory`.
   Shard(std::vector<CheckpointPart> parts, int64_t step, ShardMemory& memory);
 
-  // Copies all that is not borrowed into the image, on all threads. After it only borrowed memory is read.
+  // Copies all that is not borrowed into the image and takes its checksums, on all threads. After it only borrowed
+  // memory is read.
   void snapshot();
 
   // Creates `directory/name` and writes all bytes; the length is set, the file synced and closed. `released` is called
@@ -73,11 +74,12 @@ class Shard {
     uint64_t bytes;
     const std::byte* data;
     bool borrowed;
+    bool copied;                      // into the image, with its checksums
     std::vector<uint32_t> checksums;  // of the chunks; one for the whole header
   };
 
   uint64_t chunk_of(const Segment& segment) const noexcept { return segment.part != nullptr ? kChunk : file_bytes_; }
-  void checksum(Segment& segment, uint64_t at, uint64_t length, std::byte* copy_to);
+  void pass(Segment& segment, uint64_t at, uint64_t length, std::byte* copy_to);
   uint64_t in_place(size_t index, uint64_t position, uint64_t block) const noexcept;
   uint64_t stage(size_t index, uint64_t position, uint64_t block, std::byte* out);
 

@@ -81,6 +81,25 @@ TEST_P(Crc32c, LongRunsAndEverySplit) {
   EXPECT_EQ(copy.back(), std::byte{0x5a});
 }
 
+// Long copies take another way where the target is aligned; what lies beside the target stays.
+TEST_P(Crc32c, CopiesOfEveryAlignment) {
+  for (const size_t size : {size_t{131072}, size_t{131071}, size_t{200000}, size_t{300}}) {
+    const std::vector<std::byte> bytes = noise(size + 1);
+    for (const size_t from : {size_t{0}, size_t{1}}) {
+      const uint32_t expected = reference(3, std::span(bytes).subspan(from, size));
+      for (const size_t to : {size_t{32}, size_t{64}, size_t{33}, size_t{8}}) {
+        std::vector<std::byte> memory(size + 128, std::byte{0x5a});
+        auto* base = reinterpret_cast<std::byte*>((reinterpret_cast<uintptr_t>(memory.data()) + 31) / 32 * 32);
+        EXPECT_EQ(crc32c_copy(3, std::span(bytes).subspan(from, size), base + to), expected);
+        EXPECT_TRUE(std::equal(bytes.begin() + static_cast<ptrdiff_t>(from),
+                               bytes.begin() + static_cast<ptrdiff_t>(from + size), base + to));
+        EXPECT_EQ(base[to - 1], std::byte{0x5a});
+        EXPECT_EQ(base[to + size], std::byte{0x5a});
+      }
+    }
+  }
+}
+
 TEST_P(Crc32c, EveryFlippedBitIsSeen) {
   std::vector<std::byte> bytes = noise(4096 * 3 + 100);
   const uint32_t whole = crc32c(0, bytes);

@@ -11,6 +11,8 @@
 namespace ng::checksum {
 namespace {
 
+constexpr size_t kPastCaches = size_t{128} << 10;  // shorter copies are likely to be read again soon
+
 // x^n mod the polynomial, reflected.
 constexpr uint32_t power_of_x(size_t n) {
   uint32_t value = 0x80000000u;
@@ -34,27 +36,46 @@ uint32_t past(uint32_t state) {
   return static_cast<uint32_t>(_mm_crc32_u64(0, static_cast<uint64_t>(_mm_cvtsi128_si64(product))));
 }
 
-// Three streams of kStream bytes each, as often as they fit.
-template <size_t kStream>
-uint32_t three_streams(uint32_t state, const unsigned char*& data, size_t& bytes) {
+// 64 bytes to a place that is aligned to 32, past the caches.
+void stream(const unsigned char* data, unsigned char* out) {
+  const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data));
+  const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data + 32));
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(out), low);
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(out + 32), high);
+}
+
+// Three streams of kStream bytes each, as often as they fit; with kCopy also copied to `out`, which is aligned to 32.
+// Prefetchers stop at the end of a page, so the next streams are asked for while these are read.
+template <size_t kStream, bool kCopy>
+uint32_t three_streams(uint32_t state, const unsigned char*& data, size_t& bytes, unsigned char*& out) {
+  constexpr size_t kStep = 64;
   for (; bytes >= 3 * kStream; bytes -= 3 * kStream, data += 3 * kStream) {
     uint64_t a = state;
     uint64_t b = 0;
     uint64_t c = 0;
-    for (size_t i = 0; i < kStream; i += 8) {
-      a = _mm_crc32_u64(a, load(data + i));
-      b = _mm_crc32_u64(b, load(data + kStream + i));
-      c = _mm_crc32_u64(c, load(data + 2 * kStream + i));
+    for (size_t i = 0; i < kStream; i += kStep) {
+      const unsigned char* at[] = {data + i, data + kStream + i, data + 2 * kStream + i};
+      for (size_t k = 0; k < 3; ++k) {
+        _mm_prefetch(reinterpret_cast<const char*>(at[k] + 3 * kStream), _MM_HINT_T0);
+        if (kCopy) stream(at[k], out + k * kStream + i);
+      }
+      for (size_t j = 0; j < kStep; j += 8) {
+        a = _mm_crc32_u64(a, load(at[0] + j));
+        b = _mm_crc32_u64(b, load(at[1] + j));
+        c = _mm_crc32_u64(c, load(at[2] + j));
+      }
     }
+    if (kCopy) out += 3 * kStream;
     state = past<2 * kStream>(static_cast<uint32_t>(a)) ^ past<kStream>(static_cast<uint32_t>(b)) ^
             static_cast<uint32_t>(c);
   }
   return state;
 }
 
-uint32_t crc32c(uint32_t state, const unsigned char* data, size_t bytes) {
-  state = three_streams<4096>(state, data, bytes);
-  state = three_streams<256>(state, data, bytes);
+uint32_t sum(uint32_t state, const unsigned char* data, size_t bytes) {
+  unsigned char* nowhere = nullptr;
+  state = three_streams<4096, false>(state, data, bytes, nowhere);
+  state = three_streams<256, false>(state, data, bytes, nowhere);
   uint64_t wide = state;
   for (; bytes >= 8; bytes -= 8, data += 8) wide = _mm_crc32_u64(wide, load(data));
   state = static_cast<uint32_t>(wide);
@@ -62,8 +83,17 @@ uint32_t crc32c(uint32_t state, const unsigned char* data, size_t bytes) {
   return state;
 }
 
+uint32_t copy(uint32_t state, const unsigned char* data, size_t bytes, unsigned char* out) {
+  if (reinterpret_cast<uintptr_t>(out) % 32 == 0 && bytes >= kPastCaches) {
+    state = three_streams<4096, true>(state, data, bytes, out);
+    _mm_sfence();
+  }
+  memcpy(out, data, bytes);
+  return sum(state, data, bytes);
+}
+
 }  // namespace
 
-const Crc32cFn kAvx2Crc32c = crc32c;
+const Kernels kAvx2 = {sum, copy};
 
 }  // namespace ng::checksum

@@ -1,4 +1,4 @@
-// The function that each instruction set fills for the io room. Included by instruction-set files: C headers only.
+// The functions that each instruction set fills for the io room. Included by instruction-set files: C headers only.
 #pragma once
 
 #include <stddef.h>
@@ -8,10 +8,14 @@ namespace ng::checksum {
 
 inline constexpr uint32_t kCastagnoli = 0x82f63b78u;  // reflected: bit 31 is x^0
 
-// The register, without the complements before and after, once `bytes` bytes have passed through it.
-using Crc32cFn = uint32_t (*)(uint32_t state, const unsigned char* data, size_t bytes);
+struct Kernels {
+  // The register, without the complements before and after, once `bytes` bytes have passed through it.
+  uint32_t (*sum)(uint32_t state, const unsigned char* data, size_t bytes);
+  // The same, and a copy to `out` in one pass. Long copies go past the caches, which they would only empty.
+  uint32_t (*copy)(uint32_t state, const unsigned char* data, size_t bytes, unsigned char* out);
+};
 
-extern const Crc32cFn kPortableCrc32c;
-extern const Crc32cFn kAvx2Crc32c;
+extern const Kernels kPortable;
+extern const Kernels kAvx2;
 
 }  // namespace ng::checksum
