@@ -33,6 +33,26 @@ std::span<Byte> memory_at(uintptr_t address, size_t bytes) {
   return {reinterpret_cast<Byte*>(address), bytes};
 }
 
+// Parts as the writer takes them: a state that is saved again looks the same, so they are converted once.
+class Parts {
+ public:
+  explicit Parts(const std::vector<Part>& arguments) {
+    parts_.reserve(arguments.size());
+    for (const auto& [name, dtype, shape, flat, bounds, address, bytes, borrowed] : arguments) {
+      parts_.push_back({name, dtype, shape, {flat, bounds}, memory_at<const std::byte>(address, bytes), borrowed});
+    }
+  }
+  // The part lies elsewhere now.
+  void move(size_t index, uintptr_t address) {
+    CheckpointPart& part = parts_.at(index);
+    part.bytes = memory_at<const std::byte>(address, part.bytes.size());
+  }
+  const std::vector<CheckpointPart>& get() const noexcept { return parts_; }
+
+ private:
+  std::vector<CheckpointPart> parts_;
+};
+
 // A Checkpointer whose callbacks are Python's: they take the GIL, so nobody may wait for the background thread with it.
 class PyCheckpointer {
  public:
@@ -67,13 +87,7 @@ class PyCheckpointer {
   PyCheckpointer(const PyCheckpointer&) = delete;
   PyCheckpointer& operator=(const PyCheckpointer&) = delete;
 
-  void save(int64_t step, const std::vector<Part>& arguments, bool overwrite, std::string state,
-            std::optional<nb::callable> check) {
-    std::vector<CheckpointPart> parts;
-    parts.reserve(arguments.size());
-    for (const auto& [name, dtype, shape, flat, bounds, address, bytes, borrowed] : arguments) {
-      parts.push_back({name, dtype, shape, {flat, bounds}, memory_at<const std::byte>(address, bytes), borrowed});
-    }
+  void save(int64_t step, const Parts& parts, bool overwrite, std::string state, std::optional<nb::callable> check) {
     SaveOptions options{.overwrite = overwrite, .state = std::move(state)};
     if (check) {
       options.check = [call = hold(*check)] {
@@ -82,7 +96,7 @@ class PyCheckpointer {
       };
     }
     const nb::gil_scoped_release release;
-    checkpointer_->save(step, parts, std::move(options));
+    checkpointer_->save(step, parts.get(), std::move(options));
   }
 
   bool busy() const { return checkpointer_->busy(); }
@@ -183,6 +197,11 @@ void verify(const Checkpoint& self, const std::optional<nb::callable>& progress)
 
 void bind_checkpoint(nb::module_& module) {
   using namespace nb::literals;
+  nb::class_<Parts>(module, "CheckpointParts",
+                    "What a save writes. A part is (name, dtype, shape, flat, bounds, address, bytes, borrowed).")
+      .def(nb::init<const std::vector<Part>&>(), "parts"_a)
+      .def("move", &Parts::move, "index"_a, "address"_a, "The part lies elsewhere now.");
+
   nb::class_<PyCheckpointer>(module, "Checkpointer", "See narrowgauge.Checkpointer, which drives it.")
       .def(nb::init<const std::filesystem::path&, int64_t, int64_t, int, int, std::optional<nb::callable>,
                     std::optional<nb::callable>>(),
@@ -220,8 +239,8 @@ void bind_checkpoint(nb::module_& module) {
       .def("verify", &verify, "progress"_a.none() = nb::none());
 
   module.def(
-      "checkpoint_steps",
-      [](const std::filesystem::path& directory) { return checkpoint_steps(directory.string()); }, "directory"_a);
+      "checkpoint_steps", [](const std::filesystem::path& directory) { return checkpoint_steps(directory.string()); },
+      "directory"_a);
   module.def("checkpoint_name", &checkpoint_name, "step"_a);
   module.def(
       "prune_checkpoints",

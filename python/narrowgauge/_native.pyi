@@ -158,6 +158,12 @@ def write_safetensors(
     metadata: dict[str, str],
 ) -> None: ...
 
+class CheckpointParts:
+    def __init__(
+        self, parts: list[tuple[str, str, tuple[int, ...], bool, list[tuple[int, int]], int, int, bool]]
+    ) -> None: ...
+    def move(self, index: int, address: int) -> None: ...
+
 class Checkpointer:
     def __init__(
         self,
@@ -172,7 +178,7 @@ class Checkpointer:
     def save(
         self,
         step: int,
-        parts: list[tuple[str, str, tuple[int, ...], bool, list[tuple[int, int]], int, int, bool]],
+        parts: CheckpointParts,
         overwrite: bool,
         state: str,
         check: Callable[[], str] | None,

@@ -147,6 +147,51 @@ def test_a_snapshot_is_of_the_moment_of_save(tmp_path: Path) -> None:
     assert equal(ng.load_checkpoint(tmp_path), expected)
 
 
+def test_states_that_look_like_the_one_before(tmp_path: Path) -> None:
+    """What is remembered of a state must never stand in for another one's."""
+    a, b, c = torch.arange(6.0), torch.ones(2, 3, dtype=torch.int32), torch.zeros(40)
+    module = torch.nn.BatchNorm1d(3)
+    states: list[Any] = [
+        {"a": a, "b": b, "n": 1, "x": 0.0, "s": "text", "l": [1, None], "m": module.state_dict()},
+        {"a": a, "b": b, "n": 2, "x": -0.0, "s": "\x010", "l": [1, None], "m": module.state_dict()},
+        {"a": a, "b": b, "n": True, "x": float("inf"), "s": "\u00e9", "l": [1, "y"], "m": module.state_dict()},
+        {"a": a.clone(), "b": b, "n": 2**60, "x": 1e-300, "s": "", "l": [1, None], "m": module.state_dict()},
+        {"a": a.clone(), "b": b.clone(), "n": 1, "x": 0.0, "s": "a", "l": [1, None], "m": module.state_dict()},
+        {"a": a.reshape(2, 3), "b": b, "n": 1, "x": 0.0, "s": "a", "l": [1, None], "m": module.state_dict()},
+        {"b": b, "a": a, "n": 1, "x": 0.0, "s": "a", "l": (1, None), "m": module.state_dict()},
+        {"b": b, "a": torch.nn.Parameter(a), "n": 1, "x": 0.0, "s": "a", "l": (1, None), "m": module.state_dict()},
+        {"u": c[:10], "v": c[20:30]},
+        {"u": c[:10], "v": c[20:30].clone()},
+        {"u": c[:10], "v": c[5:15]},  # moved into the memory of the other
+        {"u": c[:10], "v": c[5:15].double().float()},
+        {"u": c[:10], "v": c[:10]},
+        {"u": c[:20:2], "v": c[20:30]},
+        {"e": torch.empty(0, 3), "z": torch.tensor(7.5)},
+        {"e": torch.empty(0, 3), "z": torch.tensor(8.5)},
+        {"e": torch.empty(0, 3), "z": torch.tensor(8.5), 1: 2},
+        {"e": torch.empty(0, 3), "z": torch.tensor(8.5), True: 2},
+        [torch.tensor(1 + 2j).conj(), np.arange(3)],
+        [torch.tensor(1 + 3j).conj(), np.arange(3)],
+        [],
+        [],
+    ]
+    with ng.Checkpointer(tmp_path) as ck:
+        for step, state in enumerate(states):
+            for tensor in (a, c):
+                tensor.add_(1)
+            ck.save(2 * step, state)
+            ck.save(2 * step + 1, state)
+            ck.wait()
+            for saved in (2 * step, 2 * step + 1):
+                loaded = ng.load_checkpoint(tmp_path, saved)
+                assert equal(loaded, state), (step, loaded, state)
+                assert repr(loaded) == repr(state), step  # 0.0 and -0.0, True and 1
+            if isinstance(state, dict) and "u" in state:
+                state["u"].add_(1)
+                loaded["u"].add_(1)
+                assert equal(loaded, state), step  # what shared memory still does
+
+
 # --- deferred --------------------------------------------------------------------------------------------------------
 
 
@@ -300,6 +345,10 @@ def test_what_cannot_be_stored_is_named_and_nothing_starts(tmp_path: Path) -> No
         assert not ck.busy
         with pytest.raises(ValueError, match="-1"):
             ck.save(-1, {})
+        itself: list[Any] = [torch.ones(1)]
+        itself.append(itself)
+        with pytest.raises(ValueError, match=r"state\[1\] contains itself"):
+            ck.save(1, itself)
         ck.save(1, {})
         with pytest.raises(ng.CheckpointError, match="exists"):
             ck.save(1, {})

@@ -188,8 +188,10 @@ std::string make_safetensors_header(std::span<const FileTensor> tensors,
   for (const FileTensor& tensor : tensors) {
     key(tensor.name);
     json += "{\"dtype\":\"" + tensor.dtype + "\",\"shape\":[";
-    for (size_t i = 0; i < tensor.shape.size(); ++i) json += concat(i == 0 ? "" : ",", tensor.shape[i]);
-    json += concat("],\"data_offsets\":[", position, ",", position + tensor.bytes.size(), "]}");
+    for (size_t i = 0; i < tensor.shape.size(); ++i)
+      json.append(i == 0 ? "" : ",").append(std::to_string(tensor.shape[i]));
+    json.append("],\"data_offsets\":[").append(std::to_string(position)).append(",");
+    json.append(std::to_string(position + tensor.bytes.size())).append("]}");
     position += tensor.bytes.size();
   }
   json += '}';

@@ -21,6 +21,7 @@ from narrowgauge._arrays import is_torch
 from narrowgauge._native import Format
 from narrowgauge.checkpoint.adopt import Adopter
 from narrowgauge.checkpoint.plan import Plan, Region, describe, plan_alone
+from narrowgauge.checkpoint.repeat import Leaves, Repeat, flatten
 from narrowgauge.checkpoint.state import Encoded, Stored, encode
 from narrowgauge.checkpoint.tensors import FILE_BYTES
 from narrowgauge.errors import CheckpointError
@@ -103,6 +104,7 @@ class Checkpointer:
         self._hooks: list[Any] = []
         self._adopter: Adopter | None = None
         self._held: list[Any] = []  # memory that the background reads
+        self._repeat: Repeat | None = None
         self._process = os.getpid()
         self._ranks = _ranks(process_group, timeout)
         rank, size, exchange = 0, 1, None
@@ -136,6 +138,7 @@ class Checkpointer:
         if self._skips():
             return False
         rank = 0 if self._ranks is None else self._ranks.rank
+        prepared: _Prepared | None = None
         encoded: Encoded | None = None
         failure: Exception | None = None
         try:
@@ -144,47 +147,44 @@ class Checkpointer:
                 raise ValueError(f"step is {step}, expected at least 0")
             if not overwrite and step in _native.checkpoint_steps(self.directory):
                 raise CheckpointError(f"step {step} exists in {self.directory}; overwrite=True replaces it")
-            encoded = encode(state, self._formats, rank)
+            lent = self._lent() if mode == "deferred" else frozenset()
+            leaves = flatten(state) if self._ranks is None and not self._formats else None
+            prepared = self._again(leaves, lent)
+            if prepared is None:
+                encoded = encode(state, self._formats, rank)
         except Exception as error:
             failure = error
         if self._ranks is not None:
             agreed = self._ranks.plan(b"" if encoded is None else describe(encoded), failure)
         elif failure is not None:
             raise failure
-        else:
-            assert encoded is not None
+        elif encoded is not None:
             agreed = plan_alone(encoded)
-        assert encoded is not None
-        self._start(step, agreed, rank, encoded.tensors, mode, overwrite)
+        if prepared is None:
+            assert encoded is not None
+            prepared = _prepare(agreed, rank, encoded.tensors, lent)
+            self._repeat = Repeat.of(
+                leaves,
+                state,
+                encoded.tree,
+                encoded.tensors,
+                prepared.part_of,
+                prepared.parts,
+                prepared.watched,
+                lent,
+            )
+        self._start(step, prepared, overwrite)
         return True
 
-    def _start(self, step: int, agreed: Plan, rank: int, tensors: list[Stored], mode: str, overwrite: bool) -> None:
-        lent = self._lent() if mode == "deferred" else frozenset()
-        parts: list[Any] = []
-        watched: list[Any] = []
-        held: list[Any] = []
-        dense: dict[int, tuple[int, int, bool]] = {}  # a stored tensor: its address, bytes per element, whether lent
-        for region in agreed.regions[rank]:
-            if region.stored not in dense:
-                stored = tensors[region.stored]
-                array = _dense(stored.array)
-                borrowed = bool(lent) and array is stored.array and _is_lent(stored, lent)
-                if borrowed:
-                    watched.extend(
-                        (stored.name, source, source._version, source.data_ptr()) for source in stored.sources
-                    )
-                held.append((array, borrowed))
-                dense[region.stored] = (_address(array), FILE_BYTES[stored.dtype], borrowed)
-            address, itemsize, borrowed = dense[region.stored]
-            name, dtype, shape = agreed.tensors[region.tensor]
-            flat, bounds = _bounds(region, shape)
-            start, size = region.start * itemsize, (region.stop - region.start) * itemsize
-            parts.append((name, dtype, shape, flat, bounds, address + start, size, borrowed))
-        if rank == 0:  # tensors without elements belong to nobody's regions
-            written = {region.tensor for regions in agreed.regions for region in regions}
-            for index, (name, dtype, shape) in enumerate(agreed.tensors):
-                if index not in written:
-                    parts.append((name, dtype, shape, False, [(0, length) for length in shape], 0, 0, False))
+    def _again(self, leaves: Leaves | None, lent: frozenset[int]) -> _Prepared | None:
+        """What was prepared for the state before, if this one looks the same."""
+        if self._repeat is None or (same := self._repeat.again(leaves, lent)) is None:
+            return None
+        document, watched = same
+        return _Prepared(document, self._repeat.parts, watched, {}, [tensor for _, tensor in watched])
+
+    def _start(self, step: int, prepared: _Prepared, overwrite: bool) -> None:
+        watched = [(name, tensor, tensor._version, tensor.data_ptr()) for name, tensor in prepared.watched]
 
         def check() -> str:
             for name, tensor, version, address in watched:
@@ -195,8 +195,8 @@ class Checkpointer:
                     )
             return ""
 
-        self._native.save(step, parts, overwrite, agreed.document, check if watched else None)
-        self._held = [array for array, borrowed in held if borrowed]
+        self._native.save(step, prepared.parts, overwrite, prepared.document, check if watched else None)
+        self._held = prepared.held
 
     # --- waiting ---
 
@@ -311,6 +311,47 @@ def local(tensor: Any) -> Any:
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
+
+
+class _Prepared(NamedTuple):
+    """A state ready for the native writer."""
+
+    document: str
+    parts: _native.CheckpointParts
+    watched: list[tuple[str, Any]]  # names and tensors that are read in the background
+    part_of: dict[int, int]  # a stored tensor: its first part
+    held: list[Any]  # what must live until the save has ended
+    copies: tuple[Any, ...] = ()  # what must live until it has begun
+
+
+def _prepare(agreed: Plan, rank: int, tensors: list[Stored], lent: frozenset[int]) -> _Prepared:
+    parts: list[Any] = []
+    watched: list[tuple[str, Any]] = []
+    held: list[Any] = []
+    copies: list[Any] = []  # dense ones, until the native writer has copied them
+    dense: dict[int, tuple[int, int, bool]] = {}  # a stored tensor: its address, bytes per element, whether lent
+    part_of: dict[int, int] = {}
+    for region in agreed.regions[rank]:
+        if region.stored not in dense:
+            stored = tensors[region.stored]
+            array = _dense(stored.array)
+            borrowed = bool(lent) and array is stored.array and _is_lent(stored, lent)
+            if borrowed:
+                watched.extend((stored.name, source) for source in stored.sources)
+            (held if borrowed else copies).append(array)
+            dense[region.stored] = (_address(array), FILE_BYTES[stored.dtype], borrowed)
+            part_of[region.stored] = len(parts)
+        address, itemsize, borrowed = dense[region.stored]
+        name, dtype, shape = agreed.tensors[region.tensor]
+        flat, bounds = _bounds(region, shape)
+        start, size = region.start * itemsize, (region.stop - region.start) * itemsize
+        parts.append((name, dtype, shape, flat, bounds, address + start, size, borrowed))
+    if rank == 0:  # tensors without elements belong to nobody's regions
+        written = {region.tensor for regions in agreed.regions for region in regions}
+        for index, (name, dtype, shape) in enumerate(agreed.tensors):
+            if index not in written:
+                parts.append((name, dtype, shape, False, [(0, length) for length in shape], 0, 0, False))
+    return _Prepared(agreed.document, _native.CheckpointParts(parts), watched, part_of, held, tuple(copies))
 
 
 def _is_lent(stored: Stored, lent: frozenset[int]) -> bool:
