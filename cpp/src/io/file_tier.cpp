@@ -296,12 +296,12 @@ void FileTier::Impl::reserve(const Entry& entry) {
 }
 
 void FileTier::Impl::finish_one() {
-  const Completion over = file_->wait_any();
+  Completion over = file_->wait_any();
   const Slot slot = std::exchange(slots_[over.tag], {});
   free_slots_.push_back(over.tag);
   Request& request = *slot.request;
   if (over.error) {
-    if (!request.error) request.error = over.error;
+    if (!request.error) request.error = std::move(over.error);
   } else if (!request.is_put && slot.staging != nullptr) {
     std::memcpy(slot.piece.memory.data(), slot.staging, slot.piece.memory.size());
   }
@@ -309,12 +309,13 @@ void FileTier::Impl::finish_one() {
 }
 
 void FileTier::Impl::complete(Request& request) {
+  std::exception_ptr error = std::move(request.error);
   {
     const std::lock_guard lock(mutex_);
     Entry& entry = *request.entry;
     if (request.is_put) {
-      entry.written = !request.error;
-      entry.error = request.error;
+      entry.written = !error;
+      entry.error = error;
     }
     if (--entry.users == 0 && entry.dropped) {
       dropped_in_use_ -= round_up(entry.size, kBlock);
@@ -322,7 +323,7 @@ void FileTier::Impl::complete(Request& request) {
     }
   }
   freed_.notify_all();
-  request.done(request.error);
+  request.done(std::move(error));
 }
 
 void FileTier::Impl::fail_all(const std::exception_ptr& error) {
@@ -361,9 +362,9 @@ std::unique_ptr<DirectFile> open_scratch(const std::string& path, const DirectFi
 std::pair<std::future<void>, std::function<void(std::exception_ptr)>> make_future() {
   auto promise = std::make_shared<std::promise<void>>();
   std::future<void> future = promise->get_future();
-  return {std::move(future), [promise = std::move(promise)](const std::exception_ptr& error) {
+  return {std::move(future), [promise = std::move(promise)](std::exception_ptr error) {
             if (error) {
-              promise->set_exception(error);
+              promise->set_exception(std::move(error));
             } else {
               promise->set_value();
             }

@@ -84,9 +84,9 @@ struct OffloadStream::Impl {
       NG_CHECK(size && *size <= capacity, InvalidArgument, "the buffer under key ", key,
                " was dropped or replaced by a longer one while a stream reads it");
       buffer.bytes = {buffer.memory, *size};
-      tier.get(key, buffer.bytes, [this, i](const std::exception_ptr& error) {
+      tier.get(key, buffer.bytes, [this, i](std::exception_ptr error) {
         const std::lock_guard lock(mutex);
-        arrive(i, error);
+        arrive(i, std::move(error));
       });
     } catch (...) {
       arrive(i, std::current_exception());
@@ -139,9 +139,9 @@ struct OffloadStream::Impl {
     lock.unlock();  // a put may wait for space that the tier's thread gives back
     std::exception_ptr refusal;
     try {
-      tier.put(key, buffers[i].bytes, [this, i](const std::exception_ptr& error) {
+      tier.put(key, buffers[i].bytes, [this, i](std::exception_ptr error) {
         const std::lock_guard inner(mutex);
-        written(i, error);
+        written(i, std::move(error));
       });
     } catch (...) {
       refusal = std::current_exception();
@@ -150,14 +150,14 @@ struct OffloadStream::Impl {
     // What is put is what later gets read, in the order of the calls.
     unwritten.erase(key);
     if (refusal) {
-      written(i, refusal);
+      written(i, std::move(refusal));
     } else {
       start_reads();
     }
   }
 
-  void written(size_t i, const std::exception_ptr& error) {
-    if (error && !write_error) write_error = error;
+  void written(size_t i, std::exception_ptr error) {
+    if (error && !write_error) write_error = std::move(error);
     free(i);
   }
 

@@ -262,6 +262,7 @@ TEST(FileTier, AChildProcessIsKeptOut) {
   EXPECT_EQ(run_in_child([&] {
               if (message_of([&] { get(*tier, 1); }).find("before fork()") == std::string::npos) return 1;
               tier.reset();  // returns
+              if (!kChildrenHaveThreads) return 0;
               FileTier own(directory / "own");
               own.put(1, pattern(kBlock, 2));
               return get(own, 1) == pattern(kBlock, 2) ? 0 : 2;
@@ -283,7 +284,7 @@ TEST(FileTier, ManyThreadsAgreeWithAMap) {
       threads.emplace_back([&tier, t] {
         std::minstd_rand random(t + 1);
         std::map<uint64_t, std::vector<std::byte>> model;
-        for (int round = 0; round < 300; ++round) {
+        for (int round = 0; round < 100; ++round) {
           const uint64_t key = t * 100 + random() % 12;
           switch (random() % 4) {
             case 0:
@@ -304,7 +305,8 @@ TEST(FileTier, ManyThreadsAgreeWithAMap) {
               }
               for (std::future<void>& each : futures) each.get();
               size_t i = 0;
-              for (const auto& [each, bytes] : model) ASSERT_EQ(outs[i++], bytes);
+              for (const auto& [each, bytes] : model)
+                ASSERT_EQ(std::memcmp(outs[i++].data(), bytes.data(), bytes.size()), 0);
             }
           }
         }

@@ -125,7 +125,7 @@ TEST(OffloadStream, HoldingEverythingIsAnErrorNotADeadlock) {
 }
 
 TEST(OffloadStream, WritesBackWhatIsReadNext) {
-  const std::vector<size_t> sizes = {kBlock, 3 * kBlock + 5, 100, 1 << 20, 0};
+  const std::vector<size_t> sizes = {kBlock, 3 * kBlock + 5, 100, 300'000, 0};
   for (const int buffers : {1, 2, 3, 8}) {
     Fixture fixture(sizes);
     std::vector<uint64_t> plan;
@@ -216,9 +216,9 @@ TEST(OffloadStream, RunsOnARealFile) {
   const TemporaryDirectory directory;
   FileTier tier(directory / "tier");
   CountingPool pool;
-  constexpr size_t kBytes = 700'000;
+  constexpr size_t kBytes = 150'000;
   std::vector<uint64_t> plan;
-  for (uint64_t key = 0; key < 12; ++key) {
+  for (uint64_t key = 0; key < 6; ++key) {
     tier.put(key, std::vector<std::byte>(kBytes, static_cast<std::byte>(key)));
     plan.push_back(key);
   }

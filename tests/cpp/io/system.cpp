@@ -48,3 +48,9 @@ bool mount_small_disk(const std::filesystem::path& path, const std::string& size
 // The executable's own definitions come before the C library's.
 extern "C" int fsync(int fd) { return ng::call(ng::fsync_hook, "fsync", fd); }
 extern "C" int close(int fd) { return ng::call(ng::close_hook, "close", fd); }
+
+#ifdef __SANITIZE_THREAD__
+// The C++ library, which is not instrumented, counts the owners of an exception that a future hands over: who frees it
+// last seems to race with who read it.
+extern "C" const char* __tsan_default_suppressions() { return "race:std::__exception_ptr::exception_ptr::_M_release"; }
+#endif

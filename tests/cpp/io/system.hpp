@@ -63,6 +63,13 @@ int run_in_child(const F& f) {
   return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
 }
 
+// Whether a child process may start threads: GCC's thread sanitizer takes them for its parent's.
+#ifdef __SANITIZE_THREAD__
+inline constexpr bool kChildrenHaveThreads = false;
+#else
+inline constexpr bool kChildrenHaveThreads = true;
+#endif
+
 // What a child returns where mount_small_disk fails.
 inline constexpr int kCannotMount = 200;
 
