@@ -1,21 +1,24 @@
 """What an allocation costs: HostPool beside glibc's malloc, mimalloc, jemalloc and torch's CPU allocator.
 
     cmake --preset release && cmake --build --preset release --target narrowgauge_pool_replay
-    python bench/pool.py --png pool.png            # about two minutes
+    python bench/pool.py --png pool.png            # three rounds; 19 minutes on two busy cores
 
 Each case is a trace that bench/pool/replay.cpp replays natively in a process of its own, so that no Python is timed and
 nobody inherits another's heap: peers come in by LD_PRELOAD, torch's by calling c10::alloc_cpu. Processes run in random
 order, round after round. Peers are asked for what torch asks malloc for (64-byte alignment); "aligned" rows ask for the
 4096 bytes that direct I/O needs and HostPool always gives.
 
-- training step: the allocations of a real step of a 16 M parameter transformer (tests/python/training_trace.py),
+- training step: the allocations of a real step of a 13 M parameter transformer (tests/python/training_trace.py),
   beside its parameters and optimizer state, which stay. Target: touched, HostPool as fast as the best peer or faster.
-- churn: random sizes of one range, about 100 blocks live.
+- churn: random sizes of one range, 100 blocks live (20 of the largest).
 - 2 threads: the same churn in two threads at once.
 
 "plain" is the calls alone; "touched" writes one byte of every page of every new block, as any use of it would. "cold"
 is the first iteration of a process, with what grows the heap. "peak / live" is the largest resident set over the bytes
 that were live at the worst moment.
+
+Peers run with their defaults, under which they give memory back to the system and fault it in again; HostPool keeps it
+until it is trimmed. That is most of the difference where blocks are large, and settings of the peers could narrow it.
 """
 
 from __future__ import annotations
@@ -189,7 +192,7 @@ def plot(results: list[dict[str, Any]], path: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--replay", type=Path, default=REPLAY, help="the native half")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--png", metavar="FILE")
