@@ -380,7 +380,10 @@ FileTier::FileTier(std::unique_ptr<DirectFile> file, uint64_t limit)
     : impl_(std::make_unique<Impl>(std::move(file), limit)) {}
 
 FileTier::~FileTier() {
-  if (!impl_->is_owner()) static_cast<void>(impl_.release());  // its thread and its locks are the parent's
+  // In a child the thread and the locks are the parent's.
+  if (!impl_->is_owner()) {
+    [[maybe_unused]] const Impl* abandoned = impl_.release();
+  }
 }
 
 std::future<void> FileTier::put_async(uint64_t key, std::span<const std::byte> bytes) {

@@ -30,7 +30,7 @@ class ThreadsFile final : public EngineFile {
   ~ThreadsFile() override {
     // In a child the threads do not exist, and a mutex may be locked for ever: all that can be done is to leave it.
     if (!is_owner()) {
-      static_cast<void>(crew_.release());
+      [[maybe_unused]] const Crew* abandoned = crew_.release();
       return;
     }
     drain();
@@ -81,7 +81,7 @@ class ThreadsFile final : public EngineFile {
     try {
       crew_->threads.push_back(start_thread([this] { serve(); }));
     } catch (const std::system_error&) {
-      // The threads that there are do the work.
+      max_threads_ = crew_->threads.size();  // no more to be had: those that there are do the work
     }
   }
 
