@@ -574,6 +574,19 @@ def test_damage_is_named_and_the_one_before_loads(tmp_path: Path) -> None:
     assert ng.load_checkpoint(tmp_path, verify="off")["w"].shape == (100_000,)
 
 
+def test_a_checkpoint_without_its_manifest_is_damaged(tmp_path: Path) -> None:
+    with ng.Checkpointer(tmp_path) as ck:
+        ck.save(1, {"w": torch.ones(4)})
+    manifest = tmp_path / "step-00000001" / "manifest.json"
+    manifest.rename(tmp_path / "elsewhere")
+    for path in (tmp_path, tmp_path / "step-00000001"):
+        with pytest.raises(ng.CheckpointCorrupt, match="manifest.json"):
+            ng.load_checkpoint(path)
+    manifest.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ng.CheckpointCorrupt, match="manifest.json"):
+        ng.load_checkpoint(tmp_path)
+
+
 def test_a_hostile_state_is_refused(tmp_path: Path) -> None:
     """A manifest whose checksum is right and whose state is not what encode writes."""
     with ng.Checkpointer(tmp_path) as ck:

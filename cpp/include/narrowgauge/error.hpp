@@ -51,8 +51,8 @@ class CheckpointError : public Error {
   using Error::Error;
 };
 
-// A checkpoint is damaged or hostile: the message names file, tensor and chunk. Python: narrowgauge.CheckpointCorrupt (a
-// narrowgauge.FileCorrupt).
+// A checkpoint is damaged or hostile: the message names file, tensor and chunk. Python: narrowgauge.CheckpointCorrupt
+// (a narrowgauge.FileCorrupt).
 class CheckpointCorrupt : public FileCorrupt {
  public:
   using FileCorrupt::FileCorrupt;

@@ -146,8 +146,7 @@ struct Checkpointer::Impl {
           check_manifest(manifest, name);
           write_durable(*files, work + "/" + kManifestName, manifest_text(manifest));
           files->sync_directory(work);
-          commit(work, report.path, step);
-          temporary.clear();
+          commit(work, report.path, step, temporary);
         }
         return std::string();
       });
@@ -177,13 +176,16 @@ struct Checkpointer::Impl {
     return manifest;
   }
 
-  void commit(const std::string& work, const std::string& path, int64_t step) const {
+  // Clears `temporary` once `work` is no longer the new checkpoint's name: what has it then may be the old one, which a
+  // crash brings back unless the directory was synced.
+  void commit(const std::string& work, const std::string& path, int64_t step, std::string& temporary) const {
     const bool replaces = exists(step);
     if (replaces) {
       files->exchange(work, path);
     } else {
       files->rename(work, path);
     }
+    temporary.clear();
     files->sync_directory(directory);
     if (replaces) remove_directory(*files, work);  // the old one
   }

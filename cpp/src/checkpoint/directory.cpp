@@ -107,9 +107,14 @@ void remove_directory(FileSystem& files, const std::string& path) {
 }
 
 void remove_leftovers(FileSystem& files, const std::string& directory) {
+  bool synced = false;
   for (const std::string& name : files.list(directory)) {
     const size_t at = name.find(kTemporary);
-    if (at != std::string::npos && parse_step(name.substr(0, at))) remove_directory(files, directory + "/" + name);
+    if (at == std::string::npos || !parse_step(name.substr(0, at))) continue;
+    // A sync that failed may have left a rename that a crash would undo: the leftover would be a step again.
+    if (!synced) files.sync_directory(directory);
+    synced = true;
+    remove_directory(files, directory + "/" + name);
   }
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,7 +37,8 @@ def find(path: str | os.PathLike[str], step: int | None = None) -> Path:
     CheckpointError if there is none, OSError if `path` cannot be read.
     """
     path = Path(path)
-    if (path / "manifest.json").exists():
+    # By its name too, so that one without its manifest is called damaged.
+    if (path / "manifest.json").exists() or re.fullmatch(r"step-\d{8,}", path.name):
         if step is not None and _native.checkpoint_name(step) != path.name:
             raise CheckpointError(f"{path} is one checkpoint, not a directory that holds step {step}")
         return path
