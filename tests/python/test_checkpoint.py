@@ -192,6 +192,21 @@ def test_states_that_look_like_the_one_before(tmp_path: Path) -> None:
                 assert equal(loaded, state), step  # what shared memory still does
 
 
+def test_nothing_of_a_state_is_kept(tmp_path: Path) -> None:
+    import gc
+    import weakref
+
+    tensor = torch.ones(1000)
+    alive = weakref.ref(tensor)
+    with ng.Checkpointer(tmp_path) as ck:
+        for step in (1, 2):
+            ck.save(step, {"a": tensor})
+        ck.wait()
+        del tensor
+        gc.collect()
+        assert alive() is None
+
+
 # --- deferred --------------------------------------------------------------------------------------------------------
 
 
@@ -271,6 +286,23 @@ def test_what_the_optimizer_does_not_own_is_copied(tmp_path: Path) -> None:
         gate.open.set()
     assert not equal(training.state()["model"], expected["model"])
     assert equal(ng.load_checkpoint(tmp_path), expected)
+
+
+def test_a_copy_of_a_borrowed_tensor_is_not_borrowed(tmp_path: Path) -> None:
+    gate = Gate()
+    gate.open.set()
+    training = Training()
+    with ng.Checkpointer(tmp_path, mode="deferred", progress=gate) as ck:
+        ck.attach(training.optimizer)
+        weight = training.model[0].weight.detach()
+        ck.save(1, {"w": weight})
+        ck.wait()
+        gate.open.clear()
+        copy = weight.clone()
+        ck.save(2, {"w": copy})
+        copy.zero_()
+        gate.open.set()
+    assert torch.equal(ng.load_checkpoint(tmp_path)["w"], weight)
 
 
 @pytest.mark.parametrize("what", ["parameter", "state"])

@@ -84,7 +84,7 @@ class Repeat:
         key: object,
     ) -> None:
         self.parts = parts
-        self._leaves = leaves
+        self._structure, self._scalars = leaves.structure, leaves.scalars  # not the tensors, which may die
         self._looks = [_look(tensor) for tensor in leaves.tensors]
         self._begins = [tensor.data_ptr() for tensor in leaves.tensors]
         self._sizes = [tensor.nbytes for tensor in leaves.tensors]
@@ -119,12 +119,14 @@ class Repeat:
         if len(texts) != len(leaves.scalars) + 1:  # a text of the state's own looks like a mark
             return None
         places = {id(tensor): place for place, tensor in enumerate(leaves.tensors)}
+        borrowed = [(name, places[id(tensor)]) for name, tensor in watched]
+        lent = {place for _, place in borrowed}  # where they are, and nowhere else
         owners = {}
         for index, part in part_of.items():
             sources = stored[index].sources
             if len(sources) == 1 and sources[0].data_ptr() == stored[index].array.data_ptr():
                 owners[places[id(sources[0])]] = part
-        borrowed = [(name, places[id(tensor)]) for name, tensor in watched]
+        owners = {place: part for place, part in owners.items() if place not in lent}
         return cls(leaves, texts, parts, owners, borrowed, key)
 
     def again(self, leaves: Leaves | None, key: object) -> tuple[str, list[tuple[str, Any]]] | None:
@@ -132,8 +134,7 @@ class Repeat:
 
         None if it is not like the one before.
         """
-        before = self._leaves
-        if leaves is None or key != self._key or leaves.structure != before.structure:
+        if leaves is None or key != self._key or leaves.structure != self._structure:
             return None
         if [_look(tensor) for tensor in leaves.tensors] != self._looks:
             return None
@@ -141,9 +142,9 @@ class Repeat:
         if begins != self._begins and not self._move(begins):
             return None
         for index, scalar in enumerate(leaves.scalars):
-            if scalar is not before.scalars[index]:
+            if scalar is not self._scalars[index]:
                 self._dumped[index] = _dump(scalar)
-        self._leaves = leaves
+        self._scalars = leaves.scalars
         pieces = [self._texts[0]]
         for dumped, text in zip(self._dumped, self._texts[1:], strict=True):
             pieces += (dumped, text)

@@ -229,7 +229,7 @@ class Checkpointer:
         _open.discard(self)
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._optimizers = [], {}
+        self._hooks, self._optimizers, self._repeat = [], {}, None
         try:
             self._native.close()
         finally:
