@@ -93,7 +93,9 @@ class DirectFile {
   // Transfers that may be in flight; one more waits for the oldest.
   virtual int queue_depth() const noexcept = 0;
 
-  // Memory that many transfers will use: registered with the kernel where that saves work. It must outlive the file.
+  // Memory that many transfers will use: registered with the kernel where that saves work. It must outlive the file and
+  // keep its pages (no MADV_DONTNEED, no new mapping in its place). Where the limit on locked memory forbids it,
+  // transfers work all the same and engine() says so.
   virtual void register_memory(std::span<std::byte> memory) = 0;
 
   // Start a transfer. The memory must stay as it is until wait() has returned `tag`. Throw InvalidArgument if the
@@ -130,7 +132,7 @@ class DirectFile {
   // destructor closes too, silently.
   virtual void close() = 0;
 
-  // "io_uring", "io_uring, buffered", "threads" or "threads, buffered".
+  // "io_uring", "io_uring, buffered", "threads" or "threads, buffered"; and why memory could not be registered.
   virtual std::string engine() const = 0;
 };
 
