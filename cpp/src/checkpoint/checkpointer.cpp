@@ -255,7 +255,8 @@ Checkpointer::~Checkpointer() {
   }
   try {
     if (!impl_->closed) close();
-  } catch (const std::exception&) {  // documented: close() reports, the destructor cannot
+  } catch (const std::exception&) {
+    return;  // documented: close() reports, the destructor cannot
   }
 }
 

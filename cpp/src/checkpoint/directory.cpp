@@ -102,7 +102,7 @@ void make_directories(FileSystem& files, const std::string& path) {
 }
 
 void remove_directory(FileSystem& files, const std::string& path) {
-  for (const std::string& name : files.list(path)) files.remove(path + "/" + name);
+  for (const std::string& name : files.list(path)) files.remove(concat(path, "/", name));
   files.remove(path);
 }
 
@@ -114,7 +114,7 @@ void remove_leftovers(FileSystem& files, const std::string& directory) {
     // A sync that failed may have left a rename that a crash would undo: the leftover would be a step again.
     if (!synced) files.sync_directory(directory);
     synced = true;
-    remove_directory(files, directory + "/" + name);
+    remove_directory(files, concat(directory, "/", name));
   }
 }
 

@@ -192,6 +192,7 @@ struct Checkpoint::Impl {
     if (scratch.size() < depth * slot_bytes) scratch = Buffer(depth * slot_bytes);
     std::vector<Pending> pending(depth);
     std::vector<uint64_t> idle;
+    idle.reserve(depth);
     for (uint64_t slot = 0; slot < depth; ++slot) idle.push_back(slot);
 
     const auto finish = [&] {
@@ -334,7 +335,7 @@ ReadStatistics Checkpoint::read(std::span<const ReadRequest> requests, Verify ve
 
 std::span<const std::byte> Checkpoint::map(std::string_view name) const {
   const StoredTensor* tensor = find(name);
-  NG_CHECK(tensor != nullptr, CheckpointError, impl_->path, " holds no tensor ", printable(std::string(name)));
+  NG_CHECK(tensor != nullptr, CheckpointError, impl_->path, " holds no tensor ", printable(name));
   if (tensor->regions.size() != 1 || tensor->regions[0].bytes == 0) return {};
   const StoredRegion& stored = tensor->regions[0];
   Impl::OpenFile& file = impl_->open_file(stored.file);

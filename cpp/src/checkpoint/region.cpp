@@ -29,6 +29,7 @@ struct Placement {
       return;
     }
     std::vector<int64_t> lengths;
+    lengths.reserve(region.bounds.size());
     for (const auto& [start, stop] : region.bounds) lengths.push_back(stop - start);
     strides = dense_strides(lengths);
     for (size_t axis = 0; axis < lengths.size(); ++axis) base -= region.bounds[axis][0] * strides[axis];

@@ -209,6 +209,7 @@ void Shard::write(FileSystem& files, const std::string& directory, const std::st
 
   std::vector<uint64_t> idle;  // staging buffers, by their tag
   bool ring_is_ready = false;
+  idle.reserve(buffers);
   for (uint64_t tag = 0; tag < buffers; ++tag) idle.push_back(tag);
   const auto wait = [&] {
     const uint64_t tag = file->wait();
