@@ -6,9 +6,13 @@ Worker is apart because a reader may hang, crash, or keep a mapping of a file sy
 
 from __future__ import annotations
 
+import faulthandler
 import itertools
 import multiprocessing
+import os
 import signal
+import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -112,7 +116,8 @@ class Worker:
 
     def __enter__(self) -> Worker:
         self._connection, child = _CONTEXT.Pipe()
-        self._process: ForkServerProcess = _CONTEXT.Process(target=_serve, args=(child,), daemon=True)
+        self._stacks = tempfile.NamedTemporaryFile("r")  # noqa: SIM115 (closed by __exit__)
+        self._process: ForkServerProcess = _CONTEXT.Process(target=_serve, args=(child, self._stacks.name), daemon=True)
         self._process.start()
         child.close()
         return self
@@ -123,12 +128,13 @@ class Worker:
         self._process.kill()
         self._process.join()
         self._connection.close()
+        self._stacks.close()
 
     def call(self, function: Callable[..., Any], *arguments: Any, timeout: float = 60) -> Any:
         """Throws Lost if the function hangs, crashes, or raises."""
         self._connection.send((function, arguments))
-        lost = f"{function.__name__} hung for {timeout:g} s"
-        if self._connection.poll(timeout):
+        # In two halves: for the first, everything may have been stopped or the machine suspended.
+        if self._connection.poll(timeout / 2) or self._connection.poll(timeout / 2):
             try:
                 value, error = self._connection.recv()
             except EOFError:
@@ -138,9 +144,18 @@ class Worker:
                 if error:
                     raise Lost(f"{function.__name__} raised\n{error}")
                 return value
+        else:
+            lost = f"{function.__name__} hung for {timeout:g} s\n{self._where()}"
         self.__exit__(None, None, None)
         self.__enter__()
         raise Lost(lost)
+
+    def _where(self) -> str:
+        """The Python stack of every thread of a process that hangs."""
+        assert self._process.pid is not None
+        os.kill(self._process.pid, signal.SIGUSR1)
+        time.sleep(0.5)
+        return self._stacks.read()
 
 
 def _write(reports: Connection, contender: type[Contender], directory: Path, overwrite: bool, last: int | None) -> None:
@@ -158,14 +173,16 @@ def _write(reports: Connection, contender: type[Contender], directory: Path, ove
     signal.pause()
 
 
-def _serve(connection: Connection) -> None:
-    while True:
-        try:
-            function, arguments = connection.recv()
-        except EOFError:
-            return
-        try:
-            answer = function(*arguments), ""
-        except Exception:
-            answer = None, traceback.format_exc()
-        connection.send(answer)
+def _serve(connection: Connection, stacks: str) -> None:
+    with open(stacks, "w") as file:
+        faulthandler.register(signal.SIGUSR1, file)
+        while True:
+            try:
+                function, arguments = connection.recv()
+            except EOFError:
+                return
+            try:
+                answer = function(*arguments), ""
+            except Exception:
+                answer = None, traceback.format_exc()
+            connection.send(answer)
