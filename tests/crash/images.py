@@ -75,7 +75,7 @@ class Image:
         with ExitStack() as undo:  # all of it, whatever fails
             undo.callback(self.file.unlink)
             undo.callback(self.mount_point.rmdir)
-            undo.callback(_detach, self.device)
+            undo.callback(_detach, self.file)
             undo.callback(_unmount, self.mount_point)
 
     def stop(self, *, log: bool) -> None:
@@ -103,7 +103,6 @@ class Image:
         """
         file, mount_point = self.file.with_name("clone.img"), self.file.with_name("clone")
         mount_point.mkdir()
-        device = ""
         try:
             os.kill(writer, signal.SIGSTOP)
             try:
@@ -122,7 +121,7 @@ class Image:
             with ExitStack() as undo:
                 undo.callback(file.unlink, missing_ok=True)
                 undo.callback(mount_point.rmdir)
-                undo.callback(_detach, device)
+                undo.callback(_detach, file)
                 undo.callback(_unmount, mount_point)
 
     def _writes(self) -> tuple[int, int]:
@@ -156,9 +155,11 @@ def _attach(file: Path) -> str:
     return _run("losetup", "--find", "--show", "--direct-io=on", file)
 
 
-def _detach(device: str) -> None:
-    if device:
-        _run("losetup", "--detach", device)
+def _detach(file: Path) -> None:
+    """By file, because whoever attached it may have been interrupted before it had the device's name."""
+    if file.exists():
+        for device in _run("losetup", "--noheadings", "--output", "NAME", "--associated", file).split():
+            _run("losetup", "--detach", device)
 
 
 def _unmount(mount_point: Path) -> None:

@@ -116,7 +116,7 @@ class Worker:
 
     def __enter__(self) -> Worker:
         self._connection, child = _CONTEXT.Pipe()
-        self._stacks = tempfile.NamedTemporaryFile("r")  # noqa: SIM115 (closed by __exit__)
+        self._stacks = tempfile.NamedTemporaryFile("r")
         self._process: ForkServerProcess = _CONTEXT.Process(target=_serve, args=(child, self._stacks.name), daemon=True)
         self._process.start()
         child.close()

@@ -66,7 +66,8 @@ def main() -> int:
     parser.add_argument("--table", type=Path, help="write the table to this file as well")
     parser.add_argument("--enumerator", type=Path, default=_ROOT / "build/release/tests/crash/narrowgauge_crash")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that mounts are undone
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
 
     start = time.monotonic()
     console = Console(stderr=True)
@@ -76,7 +77,7 @@ def main() -> int:
     interrupted = False
     try:
         inject(args, contenders, results, console)
-    except (KeyboardInterrupt, SystemExit):
+    except SystemExit:
         interrupted = True  # what was found until now is worth printing
 
     lines = table(results, contenders, enumeration)
@@ -167,6 +168,13 @@ def table(results: list[Result], contenders: list[type[Contender]], enumeration:
     return [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
     ]
+
+
+def _stop(number: int, frame: object) -> None:
+    """Mounts and loop devices are undone on the way out, which a second signal must not cut short."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 def _parts(text: str) -> list[str]:
