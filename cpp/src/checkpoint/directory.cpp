@@ -47,6 +47,16 @@ std::string parent_of(const std::string& path) {
   return slash == 0 ? "/" : path.substr(0, slash);
 }
 
+// Whoever made a directory may not have made its name durable. One that may not be read cannot be synced: then its
+// maker has to have done it.
+void sync_parent_of_existing(FileSystem& files, const std::string& parent) {
+  try {
+    files.sync_directory(parent);
+  } catch (const SystemError& error) {
+    if (error.errno_value() != EACCES) throw;
+  }
+}
+
 }  // namespace
 
 std::optional<int64_t> parse_step(std::string_view name) noexcept {
@@ -93,6 +103,7 @@ void make_directories(FileSystem& files, const std::string& path) {
     } catch (const SystemError& error) {
       if (error.errno_value() == EEXIST) {
         files.list(path);  // throws unless it is a directory
+        sync_parent_of_existing(files, parent);
         return;
       }
       if (error.errno_value() != ENOENT || attempt != 0 || parent == path) throw;
