@@ -145,7 +145,7 @@ class Checkpointer:
             self.wait()
             if step < 0:
                 raise ValueError(f"step is {step}, expected at least 0")
-            if not overwrite and step in _native.checkpoint_steps(self.directory):
+            if self._ranks is not None and not overwrite and step in _native.checkpoint_steps(self.directory):
                 raise CheckpointError(f"step {step} exists in {self.directory}; overwrite=True replaces it")
             lent = self._lent() if mode == "deferred" else frozenset()
             leaves = flatten(state) if self._ranks is None and not self._formats else None
