@@ -1,6 +1,6 @@
 """Training that may be killed at any moment and resumes bit for bit.
 
-    python examples/resume.py run 20        # trains 20 steps, saving each; run again to go on from the newest
+python examples/resume.py run 20        # trains 20 steps, saving each; run again to go on from the newest
 """
 
 import sys
