@@ -47,13 +47,13 @@ FIO = "fio"
 MIB = 1 << 20
 
 
-def measure_saves(bench: Bench, parts: list[str]) -> None:
+def measure_saves(bench: Bench, parts: list[str], memory: str) -> None:
     cases = bench.savers(list(CONTENDERS))
     without_fio = "not asked for" if "durable" not in parts else disk.fio_absent()
     if without_fio is None:
         folder = bench.directory / FIO
         try:
-            sweep = disk.sweep_fio(folder, min(bench.payload().nbytes, 10**9), bench.args.quick, bench.tick)
+            sweep = disk.sweep_fio(folder, min(bench.payload().nbytes, 10**9), memory, bench.args.quick, bench.tick)
             cases[FIO] = fio_case(bench, folder, sweep.best)
             bench.results["fio"] = {
                 "best": str(sweep.best),
@@ -279,7 +279,8 @@ def measure(args: argparse.Namespace, directory: Path, tick: Callable[[str], Non
     bench = Bench(args, directory, tick)
     try:
         if "durable" in args.part or "cpu" in args.part:
-            measure_saves(bench, args.part)
+            with disk.fio_memory() as memory:
+                measure_saves(bench, args.part, memory)
         if "blocking" in args.part:
             measure_blocking(bench)
         if "load" in args.part:

@@ -17,6 +17,7 @@
 #include <tuple>
 
 #include "bindings.hpp"
+#include "tensor_view.hpp"
 
 namespace ng::python {
 namespace {
@@ -131,6 +132,32 @@ class PyCheckpointer {
   std::unique_ptr<Checkpointer> checkpointer_;
 };
 
+template <typename T>
+void append_bytes(std::string& out, const T* values, size_t count) {
+  out.append(reinterpret_cast<const char*>(values), count * sizeof(T));
+}
+
+nb::object tensor_layouts(const nb::list& tensors) {
+  nb::list addresses;
+  std::string layouts;
+  for (const nb::handle tensor : tensors) {
+    const dlpack::ExchangeApi* api = exchange_api(Py_TYPE(tensor.ptr()));
+    dlpack::Tensor view;
+    if (api == nullptr) return nb::none();
+    if (api->view_from_object(tensor.ptr(), &view) != 0) {
+      PyErr_Clear();
+      return nb::none();
+    }
+    if (view.device.type != dlpack::kCpu && view.device.type != dlpack::kCudaHost) return nb::none();
+    addresses.append(reinterpret_cast<uintptr_t>(view.data) + view.byte_offset);
+    append_bytes(layouts, &view.ndim, 1);
+    append_bytes(layouts, &view.dtype, 1);
+    append_bytes(layouts, view.shape, static_cast<size_t>(view.ndim));
+    if (view.strides != nullptr) append_bytes(layouts, view.strides, static_cast<size_t>(view.ndim));
+  }
+  return nb::make_tuple(addresses, nb::bytes(layouts.data(), layouts.size()));
+}
+
 nb::tuple as_tuple(const std::vector<int64_t>& values) {
   nb::list out;
   for (const int64_t value : values) out.append(value);
@@ -238,6 +265,9 @@ void bind_checkpoint(nb::module_& module) {
       .def("map", &map, "name"_a, "A view of the file where the tensor lies in one piece, else None. Not verified.")
       .def("verify", &verify, "progress"_a.none() = nb::none());
 
+  module.def("tensor_layouts", &tensor_layouts, "tensors"_a,
+             "Addresses, and bytes that are equal where dtypes, shapes and strides are; of tensors in host memory.\n\n"
+             "None if one is elsewhere, or not dense, or its framework has no exchange table.");
   module.def(
       "checkpoint_steps", [](const std::filesystem::path& directory) { return checkpoint_steps(directory.string()); },
       "directory"_a);

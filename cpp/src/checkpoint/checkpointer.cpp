@@ -52,6 +52,7 @@ struct Checkpointer::Impl {
   pid_t process = getpid();
   bool closed = false;
   ShardMemory memory;
+  Shard shard{memory};
   std::thread thread;
 
   mutable std::mutex mutex;
@@ -115,7 +116,7 @@ struct Checkpointer::Impl {
     changed.notify_all();
   }
 
-  void save(Shard& shard, int64_t step, const SaveOptions& save_options, CheckpointReport& report) {
+  void save(int64_t step, const SaveOptions& save_options, CheckpointReport& report) {
     const std::string name = checkpoint_name(step);
     report.path = directory + "/" + name;
     std::string temporary;  // writer 0's, while it is there
@@ -199,11 +200,10 @@ struct Checkpointer::Impl {
     }
   }
 
-  void run(Shard& shard, int64_t step, const SaveOptions& save_options, CheckpointReport report,
-           Clock::time_point start) {
+  void run(int64_t step, const SaveOptions& save_options, CheckpointReport report, Clock::time_point start) {
     std::exception_ptr failure;
     try {
-      save(shard, step, save_options, report);
+      save(step, save_options, report);
       report.bytes = shard.bytes();
       report.borrowed_bytes = shard.borrowed_bytes();
       report.engine = shard.engine();
@@ -266,15 +266,15 @@ void Checkpointer::save(int64_t step, std::span<const CheckpointPart> parts, Sav
   NG_CHECK(step >= 0, InvalidArgument, "step is ", step, ", expected at least 0");
   NG_CHECK(!impl_->leads() || options.overwrite || !impl_->exists(step), CheckpointError, "step ", step, " exists in ",
            impl_->directory, "; overwrite=true replaces it");
-  auto shard = std::make_unique<Shard>(std::vector(parts.begin(), parts.end()), step, impl_->memory);
-  shard->snapshot();
+  impl_->shard.lay_out(parts, step);
+  impl_->shard.snapshot();
   CheckpointReport report;
   report.step = step;
   report.blocked_seconds = seconds_since(start);
   const std::lock_guard guard(impl_->mutex);
   try {
-    impl_->thread = std::thread([impl = impl_.get(), shard = std::move(shard), options = std::move(options), report,
-                                 step, start] { impl->run(*shard, step, options, report, start); });
+    impl_->thread = std::thread([impl = impl_.get(), options = std::move(options), report, step,
+                                 start] { impl->run(step, options, report, start); });
   } catch (const std::system_error& error) {
     throw SystemError(error.code().value(), concat("cannot start a thread to save step ", step, ": ", error.what()));
   }

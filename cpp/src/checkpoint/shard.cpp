@@ -68,8 +68,39 @@ void Staging::reserve(const std::shared_ptr<HostPool>& pool, uint64_t bytes) {
   block_ = Tensor::empty(pool, shape, DType::u8);
 }
 
-Shard::Shard(std::vector<CheckpointPart> parts, int64_t step, ShardMemory& memory)
-    : parts_(std::move(parts)), step_(step), memory_(memory) {
+void Shard::lay_out(std::span<const CheckpointPart> parts, int64_t step) {
+  step_ = step;
+  borrowed_bytes_ = 0;
+  if (fits(parts)) {
+    for (size_t i = 0; i < parts.size(); ++i) {
+      parts_[i].bytes = parts[i].bytes;
+      parts_[i].borrowed = parts[i].borrowed;
+    }
+  } else {
+    parts_.assign(parts.begin(), parts.end());
+    lay_out_anew();
+  }
+  for (Segment& segment : segments_) {
+    const bool header = segment.part == nullptr;
+    segment.data = header ? reinterpret_cast<const std::byte*>(header_.data()) : segment.part->bytes.data();
+    segment.borrowed = !header && segment.part->borrowed;
+    segment.copied = false;
+    std::fill(segment.checksums.begin(), segment.checksums.end(), 0);
+  }
+}
+
+// Whether the layout serves `parts`: all is as in parts_ but for where they are.
+bool Shard::fits(std::span<const CheckpointPart> parts) const noexcept {
+  return !segments_.empty() && std::equal(parts.begin(), parts.end(), parts_.begin(), parts_.end(),
+                                          [](const CheckpointPart& a, const CheckpointPart& b) {
+                                            return a.name == b.name && a.dtype == b.dtype && a.shape == b.shape &&
+                                                   a.region == b.region && a.bytes.size() == b.bytes.size();
+                                          });
+}
+
+// Makes header_ and segments_ for parts_.
+void Shard::lay_out_anew() {
+  segments_.clear();
   std::vector<std::pair<FileTensor, const CheckpointPart*>> tensors;
   std::set<std::string> names;
   for (const CheckpointPart& part : parts_) {
@@ -88,18 +119,18 @@ Shard::Shard(std::vector<CheckpointPart> parts, int64_t step, ShardMemory& memor
   std::vector<FileTensor> ordered;
   ordered.reserve(tensors.size());
   for (auto& [tensor, part] : tensors) ordered.push_back(std::move(tensor));
-  header_ = make_safetensors_header(ordered, {{"format", "pt"}, {"step", std::to_string(step)}}, kBlock);
+  header_ = make_safetensors_header(ordered, {{"format", "pt"}}, kBlock);
 
-  const auto* header = reinterpret_cast<const std::byte*>(header_.data());
-  segments_.push_back({nullptr, {}, 0, header_.size(), header, false, false, {0}});
+  std::vector<Segment> segments;
+  segments.push_back({nullptr, 0, header_.size(), nullptr, false, false, {0}});
   file_bytes_ = header_.size();
-  for (size_t i = 0; i < ordered.size(); ++i) {
-    const CheckpointPart& part = *tensors[i].second;
-    const uint64_t bytes = part.bytes.size();
-    segments_.push_back({&part, std::move(ordered[i].name), file_bytes_, bytes, part.bytes.data(), part.borrowed, false,
-                         std::vector<uint32_t>(chunk_count(bytes, kChunk), 0)});
+  for (const auto& [tensor, part] : tensors) {
+    const uint64_t bytes = part->bytes.size();
+    segments.push_back({part, file_bytes_, bytes, nullptr, false, false,
+                        std::vector<uint32_t>(chunk_count(bytes, kChunk), 0)});
     file_bytes_ += bytes;
   }
+  segments_ = std::move(segments);
 }
 
 void Shard::snapshot() {

@@ -42,11 +42,17 @@ struct ShardMemory {
   Staging ring;   // staging buffers
 };
 
+// What is made once serves one save after the other.
 class Shard {
  public:
-  // Lays the parts out. Throws InvalidArgument for a part that is not what it claims. Borrows the memory of the parts
-  // and `memory`.
-  Shard(std::vector<CheckpointPart> parts, int64_t step, ShardMemory& memory);
+  // Borrows `memory`.
+  explicit Shard(ShardMemory& memory) : memory_(memory) {}
+  Shard(const Shard&) = delete;
+  Shard& operator=(const Shard&) = delete;
+
+  // Lays parts out, whose memory is borrowed until write() has returned; the layout before serves parts that only lie
+  // elsewhere. Throws InvalidArgument for a part that is not what it claims; there is no layout then.
+  void lay_out(std::span<const CheckpointPart> parts, int64_t step);
 
   // Copies all that is not borrowed into the image and takes its checksums, on all threads. After it only borrowed
   // memory is read.
@@ -69,7 +75,6 @@ class Shard {
   // A run of the file that lies in one piece of memory: the header, or a part.
   struct Segment {
     const CheckpointPart* part;  // of parts_; null: the header
-    std::string name;            // in the file
     uint64_t offset;             // in the file
     uint64_t bytes;
     const std::byte* data;
@@ -78,17 +83,19 @@ class Shard {
     std::vector<uint32_t> checksums;  // of the chunks; one for the whole header
   };
 
+  bool fits(std::span<const CheckpointPart> parts) const noexcept;
+  void lay_out_anew();
   uint64_t chunk_of(const Segment& segment) const noexcept { return segment.part != nullptr ? kChunk : file_bytes_; }
   void pass(Segment& segment, uint64_t at, uint64_t length, std::byte* copy_to);
   uint64_t in_place(size_t index, uint64_t position, uint64_t block) const noexcept;
   uint64_t stage(size_t index, uint64_t position, uint64_t block, std::byte* out);
 
-  std::vector<CheckpointPart> parts_;
-  int64_t step_;
   ShardMemory& memory_;
+  std::vector<CheckpointPart> parts_;
+  int64_t step_ = 0;
   std::string header_;
   std::string name_;
-  std::vector<Segment> segments_;  // in the file's order; empty ones too
+  std::vector<Segment> segments_;  // in the file's order; empty ones too. Of parts_ and header_, or none
   uint64_t file_bytes_ = 0;
   uint64_t borrowed_bytes_ = 0;
   std::string engine_;

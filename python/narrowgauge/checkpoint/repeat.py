@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from narrowgauge import _native
@@ -21,6 +21,9 @@ from narrowgauge.checkpoint.values import ROOT, Node, dump, encode_value
 _SCALARS = frozenset({int, float, bool, str, type(None)})
 _MARK = re.compile(r'"\\u0001\d+"')
 _MOVED = 16  # tensors that may lie elsewhere than before, such as the state of random numbers
+
+
+Look = tuple[bytes, list[bool], list[bool]]
 
 
 class Leaves(NamedTuple):
@@ -38,37 +41,42 @@ def flatten(state: Any) -> Leaves | None:
         return None
     leaves = Leaves([], [], [])
     try:
-        plain = _flatten(state, leaves, (torch.Tensor, torch.nn.Parameter), torch.strided)
+        plain = _flatten((state,), leaves, frozenset((torch.Tensor, torch.nn.Parameter)))
     except RecursionError:  # it contains itself, which encode() says better
         plain = False
     return leaves if plain else None
 
 
-def _flatten(value: Any, leaves: Leaves, kinds: tuple[type, type], strided: Any) -> bool:
-    kind = type(value)
-    leaves.structure.append(kind)
-    if kind in kinds:
-        if value.layout is not strided or not value.is_cpu:
+def _flatten(values: Iterable[Any], leaves: Leaves, tensor: frozenset[type]) -> bool:
+    for value in values:
+        kind = type(value)
+        leaves.structure.append(kind)
+        if kind in tensor:
+            leaves.tensors.append(value)
+        elif kind in _SCALARS:
+            leaves.scalars.append(value)
+        elif kind is dict or kind is OrderedDict:
+            leaves.structure.extend((tuple(value), tuple(map(type, value))))  # 1, 1.0 and True are three keys
+            if kind is OrderedDict and not _flatten((vars(value),), leaves, tensor):
+                return False
+            if not _flatten(value.values(), leaves, tensor):
+                return False
+        elif kind is list or kind is tuple:
+            leaves.structure.append(len(value))
+            if not _flatten(value, leaves, tensor):
+                return False
+        else:
             return False
-        leaves.tensors.append(value)
-    elif kind in _SCALARS:
-        leaves.scalars.append(value)
-    elif kind is dict or kind is OrderedDict:
-        leaves.structure.extend((tuple(value), tuple(map(type, value))))  # 1, 1.0 and True are three keys
-        if kind is OrderedDict and not _flatten(vars(value), leaves, kinds, strided):
-            return False
-        return all(_flatten(item, leaves, kinds, strided) for item in value.values())
-    elif kind is list or kind is tuple:
-        leaves.structure.append(len(value))
-        return all(_flatten(item, leaves, kinds, strided) for item in value)
-    else:
-        return False
     return True
 
 
-def _look(tensor: Any) -> tuple[Any, ...]:
-    """All that a tensor's node and its place in a file follow from, but for the address."""
-    return tensor.shape, tensor.dtype, tensor.requires_grad, tensor.is_contiguous(), tensor.is_neg()
+def _look(tensors: list[Any]) -> tuple[list[int], Look] | None:
+    """Where tensors are, and all else that their nodes and their places in a file follow from."""
+    found = _native.tensor_layouts(tensors)
+    if found is None:
+        return None
+    begins, layouts = found
+    return begins, (layouts, [tensor.requires_grad for tensor in tensors], [tensor.is_neg() for tensor in tensors])
 
 
 class Repeat:
@@ -81,12 +89,13 @@ class Repeat:
         parts: _native.CheckpointParts,
         owners: dict[int, int],
         borrowed: list[tuple[str, int]],
+        begins: list[int],
+        look: Look,
         key: object,
     ) -> None:
         self.parts = parts
         self._structure, self._scalars = leaves.structure, leaves.scalars  # not the tensors, which may die
-        self._looks = [_look(tensor) for tensor in leaves.tensors]
-        self._begins = [tensor.data_ptr() for tensor in leaves.tensors]
+        self._begins, self._look = begins, look
         self._sizes = [tensor.nbytes for tensor in leaves.tensors]
         self._texts = texts  # of the document, between the scalars
         self._dumped = [_dump(scalar) for scalar in leaves.scalars]
@@ -111,7 +120,7 @@ class Repeat:
         part_of: an entry of `stored`: its part. watched: names and tensors that are read in the background. key:
         whatever else must be as it was.
         """
-        if leaves is None or not all(each.sources for each in stored):
+        if leaves is None or (look := _look(leaves.tensors)) is None or not all(each.sources for each in stored):
             return None
         if not all(t.is_contiguous() and not t.is_neg() and not t.is_complex() for t in leaves.tensors):
             return None
@@ -127,7 +136,7 @@ class Repeat:
             if len(sources) == 1 and sources[0].data_ptr() == stored[index].array.data_ptr():
                 owners[places[id(sources[0])]] = part
         owners = {place: part for place, part in owners.items() if place not in lent}
-        return cls(leaves, texts, parts, owners, borrowed, key)
+        return cls(leaves, texts, parts, owners, borrowed, *look, key)
 
     def again(self, leaves: Leaves | None, key: object) -> tuple[str, list[tuple[str, Any]]] | None:
         """The document of a state with these leaves, and its watched tensors; `parts` fit it then.
@@ -136,9 +145,9 @@ class Repeat:
         """
         if leaves is None or key != self._key or leaves.structure != self._structure:
             return None
-        if [_look(tensor) for tensor in leaves.tensors] != self._looks:
+        if (found := _look(leaves.tensors)) is None or found[1] != self._look:
             return None
-        begins = [tensor.data_ptr() for tensor in leaves.tensors]
+        begins = found[0]
         if begins != self._begins and not self._move(begins):
             return None
         for index, scalar in enumerate(leaves.scalars):

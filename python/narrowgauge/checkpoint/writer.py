@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +22,7 @@ from narrowgauge._native import Format
 from narrowgauge.checkpoint.adopt import Adopter
 from narrowgauge.checkpoint.plan import Plan, Region, describe, plan_alone
 from narrowgauge.checkpoint.repeat import Leaves, Repeat, flatten
+from narrowgauge.checkpoint.shards import dtensor_type
 from narrowgauge.checkpoint.state import Encoded, Stored, encode
 from narrowgauge.checkpoint.tensors import FILE_BYTES
 from narrowgauge.errors import CheckpointError
@@ -147,9 +148,10 @@ class Checkpointer:
                 raise ValueError(f"step is {step}, expected at least 0")
             if self._ranks is not None and not overwrite and step in _native.checkpoint_steps(self.directory):
                 raise CheckpointError(f"step {step} exists in {self.directory}; overwrite=True replaces it")
-            lent = self._lent() if mode == "deferred" else frozenset()
+            waiting = self._waiting() if mode == "deferred" else []
+            key = [tensor.data_ptr() for tensor in waiting]
             leaves = flatten(state) if self._ranks is None and not self._formats else None
-            prepared = self._again(leaves, lent)
+            prepared = self._again(leaves, key)
             if prepared is None:
                 encoded = encode(state, self._formats, rank)
         except Exception as error:
@@ -162,6 +164,7 @@ class Checkpointer:
             agreed = plan_alone(encoded)
         if prepared is None:
             assert encoded is not None
+            lent = frozenset(tensor.untyped_storage().data_ptr() for tensor in waiting)
             prepared = _prepare(agreed, rank, encoded.tensors, lent)
             self._repeat = Repeat.of(
                 leaves,
@@ -171,24 +174,25 @@ class Checkpointer:
                 prepared.part_of,
                 prepared.parts,
                 prepared.watched,
-                lent,
+                key,
             )
         self._start(step, prepared, overwrite)
         return True
 
-    def _again(self, leaves: Leaves | None, lent: frozenset[int]) -> _Prepared | None:
+    def _again(self, leaves: Leaves | None, key: list[int]) -> _Prepared | None:
         """What was prepared for the state before, if this one looks the same."""
-        if self._repeat is None or (same := self._repeat.again(leaves, lent)) is None:
+        if self._repeat is None or (same := self._repeat.again(leaves, key)) is None:
             return None
         document, watched = same
         return _Prepared(document, self._repeat.parts, watched, {}, [tensor for _, tensor in watched])
 
     def _start(self, step: int, prepared: _Prepared, overwrite: bool) -> None:
-        watched = [(name, tensor, tensor._version, tensor.data_ptr()) for name, tensor in prepared.watched]
+        watched = prepared.watched
+        before = [(tensor._version, tensor.data_ptr()) for _, tensor in watched]
 
         def check() -> str:
-            for name, tensor, version, address in watched:
-                if tensor._version != version or tensor.data_ptr() != address:
+            for (name, tensor), seen in zip(watched, before, strict=True):
+                if (tensor._version, tensor.data_ptr()) != seen:
                     return (
                         f"tensor '{name}' was changed while it was being saved; call wait() before you change it, or "
                         "save it with mode='snapshot'"
@@ -288,26 +292,22 @@ class Checkpointer:
             self.attach(optimizer)
             self._hooks.extend(self._adopter.follow(optimizer))
 
-    def _lent(self) -> frozenset[int]:
-        """The storages, by address, that attached optimizers wait for."""
-        storages: set[int] = set()
-        for reference in self._optimizers.values():
-            if (optimizer := reference()) is not None:
-                storages.update(local(tensor).untyped_storage().data_ptr() for tensor in optimizer_tensors(optimizer))
-        return frozenset(storages)
+    def _waiting(self) -> list[Any]:
+        """The tensors that attached optimizers leave alone while they are read; of DTensors the parts that are here."""
+        optimizers = (reference() for reference in self._optimizers.values())
+        tensors = [tensor for each in optimizers if each is not None for tensor in optimizer_tensors(each)]
+        distributed: Any = dtensor_type()
+        if distributed is None:
+            return tensors
+        return [tensor._local_tensor if isinstance(tensor, distributed) else tensor for tensor in tensors]
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Iterable[torch.Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Any]:
     """The parameters of an optimizer and the tensors of its state."""
-    for group in optimizer.param_groups:
-        yield from group["params"]
+    tensors = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for state in optimizer.state.values():
-        yield from (value for value in state.values() if is_torch(value))
-
-
-def local(tensor: Any) -> Any:
-    """The part of a DTensor that is here, as plain tensor; any other tensor itself."""
-    return getattr(tensor, "_local_tensor", tensor)
+        tensors += [value for value in state.values() if is_torch(value)]
+    return tensors
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
