@@ -24,8 +24,8 @@ namespace {
 
 using ReadOnlyBytes = nb::ndarray<nb::memview, const uint8_t, nb::ndim<1>>;
 using Bounds = std::vector<std::array<int64_t, 2>>;
-// name, dtype, shape, flat, bounds, address, bytes, borrowed
-using Part = std::tuple<std::string, std::string, std::vector<int64_t>, bool, Bounds, uintptr_t, size_t, bool>;
+// name, dtype, shape, flat, bounds, address, bytes, borrowed, in place
+using Part = std::tuple<std::string, std::string, std::vector<int64_t>, bool, Bounds, uintptr_t, size_t, bool, bool>;
 // name, flat, bounds, address, bytes
 using Request = std::tuple<std::string, bool, Bounds, uintptr_t, size_t>;
 
@@ -39,8 +39,9 @@ class Parts {
  public:
   explicit Parts(const std::vector<Part>& arguments) {
     parts_.reserve(arguments.size());
-    for (const auto& [name, dtype, shape, flat, bounds, address, bytes, borrowed] : arguments) {
-      parts_.push_back({name, dtype, shape, {flat, bounds}, memory_at<const std::byte>(address, bytes), borrowed});
+    for (const auto& [name, dtype, shape, flat, bounds, address, bytes, borrowed, in_place] : arguments) {
+      const auto memory = memory_at<const std::byte>(address, bytes);
+      parts_.push_back({name, dtype, shape, {flat, bounds}, memory, borrowed, in_place});
     }
   }
   // The part lies elsewhere now.
@@ -225,7 +226,7 @@ void verify(const Checkpoint& self, const std::optional<nb::callable>& progress)
 void bind_checkpoint(nb::module_& module) {
   using namespace nb::literals;
   nb::class_<Parts>(module, "CheckpointParts",
-                    "What a save writes. A part is (name, dtype, shape, flat, bounds, address, bytes, borrowed).")
+                    "What a save writes: (name, dtype, shape, flat, bounds, address, bytes, borrowed, in place) each.")
       .def(nb::init<const std::vector<Part>&>(), "parts"_a)
       .def("move", &Parts::move, "index"_a, "address"_a, "The part lies elsewhere now.");
 

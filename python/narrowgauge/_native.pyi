@@ -160,7 +160,7 @@ def write_safetensors(
 
 class CheckpointParts:
     def __init__(
-        self, parts: list[tuple[str, str, tuple[int, ...], bool, list[tuple[int, int]], int, int, bool]]
+        self, parts: list[tuple[str, str, tuple[int, ...], bool, list[tuple[int, int]], int, int, bool, bool]]
     ) -> None: ...
     def move(self, index: int, address: int) -> None: ...
 

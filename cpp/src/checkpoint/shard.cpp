@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <deque>
 #include <map>
 #include <set>
 #include <utility>
@@ -17,7 +18,7 @@
 namespace ng {
 namespace {
 
-constexpr uint64_t kTransfer = uint64_t{4} << 20;     // one request: long enough for any disk, four chunks
+constexpr uint64_t kTransfer = uint64_t{2} << 20;     // one request: long enough for any disk, two chunks
 constexpr uint64_t kMinInPlace = uint64_t{64} << 10;  // below this a copy costs less than a request of its own
 constexpr int kQueueDepth = 8;
 constexpr uint64_t kInPlace = ~uint64_t{0};  // tag of a transfer that uses no staging buffer
@@ -75,6 +76,7 @@ void Shard::lay_out(std::span<const CheckpointPart> parts, int64_t step) {
     for (size_t i = 0; i < parts.size(); ++i) {
       parts_[i].bytes = parts[i].bytes;
       parts_[i].borrowed = parts[i].borrowed;
+      parts_[i].in_place = parts[i].in_place;
     }
   } else {
     parts_.assign(parts.begin(), parts.end());
@@ -85,6 +87,7 @@ void Shard::lay_out(std::span<const CheckpointPart> parts, int64_t step) {
     segment.data = header ? reinterpret_cast<const std::byte*>(header_.data()) : segment.part->bytes.data();
     segment.borrowed = !header && segment.part->borrowed;
     segment.copied = false;
+    segment.in_place = segment.borrowed && segment.part->in_place;
     std::fill(segment.checksums.begin(), segment.checksums.end(), 0);
   }
 }
@@ -122,12 +125,12 @@ void Shard::lay_out_anew() {
   header_ = make_safetensors_header(ordered, {{"format", "pt"}}, kBlock);
 
   std::vector<Segment> segments;
-  segments.push_back({nullptr, 0, header_.size(), nullptr, false, false, {0}});
+  segments.push_back({nullptr, 0, header_.size(), nullptr, false, false, false, {0}});
   file_bytes_ = header_.size();
   for (const auto& [tensor, part] : tensors) {
     const uint64_t bytes = part->bytes.size();
-    segments.push_back({part, file_bytes_, bytes, nullptr, false, false,
-                        std::vector<uint32_t>(chunk_count(bytes, kChunk), 0)});
+    segments.push_back(
+        {part, file_bytes_, bytes, nullptr, false, false, false, std::vector<uint32_t>(chunk_count(bytes, kChunk), 0)});
     file_bytes_ += bytes;
   }
   segments_ = std::move(segments);
@@ -163,6 +166,7 @@ void Shard::snapshot() {
     }
     segment.data = to;
     segment.copied = true;
+    segment.in_place = true;
   }
   // Shares of at least a chunk: what is small is copied faster than a thread wakes up.
   const auto grain = static_cast<int64_t>(pieces.size() * kChunk / std::max(size, uint64_t{1}) + 1);
@@ -203,7 +207,7 @@ uint64_t Shard::in_place(size_t index, uint64_t position, uint64_t block) const 
     const Segment& segment = segments_[index];
     if (segment.bytes == 0) continue;
     const uint64_t at = position + length - segment.offset;
-    if (segment.data + at != data + length) break;
+    if (!segment.in_place || segment.data + at != data + length) break;
     length += segment.bytes - at;
   }
   length = std::min(length, kTransfer) / block * block;
@@ -234,26 +238,40 @@ void Shard::write(FileSystem& files, const std::string& directory, const std::st
   const std::unique_ptr<DirectFile> file = files.create(directory + "/" + name);
   engine_ = file->engine();
   const uint64_t block = file->alignment();
-  const int depth = std::min(file->queue_depth(), kQueueDepth);
-  const uint64_t buffers = std::min<uint64_t>(static_cast<uint64_t>(depth), file_bytes_ / kTransfer + 1);
+  const auto depth = static_cast<size_t>(std::min(file->queue_depth(), kQueueDepth));
+  // Twice what is in flight, so that the next are ready when a disk reports many as done at once.
+  const uint64_t buffers = std::min<uint64_t>(2 * depth, file_bytes_ / kTransfer + 1);
   file->preallocate(round_up(file_bytes_, block));
 
+  struct Transfer {
+    std::span<const std::byte> data;
+    uint64_t offset;
+    uint64_t tag;  // of a staging buffer, or kInPlace
+  };
+  std::deque<Transfer> ready;
   std::vector<uint64_t> idle;  // staging buffers, by their tag
   bool ring_is_ready = false;
   idle.reserve(buffers);
   for (uint64_t tag = 0; tag < buffers; ++tag) idle.push_back(tag);
+  const auto issue = [&] {
+    while (!ready.empty() && static_cast<size_t>(file->in_flight()) < depth) {
+      file->write(ready.front().data, ready.front().offset, ready.front().tag);
+      ready.pop_front();
+    }
+  };
   const auto wait = [&] {
     const uint64_t tag = file->wait();
     if (tag != kInPlace) idle.push_back(tag);
+    issue();
   };
 
   size_t index = 0;
   uint64_t position = 0;
   while (position < file_bytes_) {
     while (segments_[index].offset + segments_[index].bytes <= position) ++index;
-    while (file->in_flight() >= depth) wait();
+    while (ready.size() >= depth) wait();
     if (const uint64_t length = in_place(index, position, block); length > 0) {
-      const std::byte* data = segments_[index].data + (position - segments_[index].offset);
+      ready.push_back({{segments_[index].data + (position - segments_[index].offset), length}, position, kInPlace});
       const uint64_t end = position + length;
       for (size_t i = index; position < end; ++i) {
         Segment& segment = segments_[i];
@@ -263,7 +281,6 @@ void Shard::write(FileSystem& files, const std::string& directory, const std::st
         if (segment.borrowed) borrowed_bytes_ += part;
         position += part;
       }
-      file->write({data, length}, end - length, kInPlace);
     } else {
       if (!ring_is_ready) {
         memory_.ring.reserve(memory_.pool, buffers * kTransfer);
@@ -275,9 +292,10 @@ void Shard::write(FileSystem& files, const std::string& directory, const std::st
       idle.pop_back();
       std::byte* buffer = memory_.ring.data() + tag * kTransfer;
       const uint64_t staged = stage(index, position, block, buffer);
-      file->write({buffer, staged}, position, tag);
+      ready.push_back({{buffer, staged}, position, tag});
       position += staged;
     }
+    issue();
     if (progress) progress(std::min(position, file_bytes_), file_bytes_);
   }
   while (file->in_flight() > 0) wait();

@@ -80,6 +80,7 @@ class Shard {
     const std::byte* data;
     bool borrowed;
     bool copied;                      // into the image, with its checksums
+    bool in_place;                    // written from where it is, where it can be
     std::vector<uint32_t> checksums;  // of the chunks; one for the whole header
   };
 

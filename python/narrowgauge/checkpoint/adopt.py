@@ -18,7 +18,12 @@ class Adopter:
         from narrowgauge.memory import HostPool
 
         self._pool = HostPool()
-        self._storages: set[int] = set()  # addresses of adopted storages
+        self._storages: set[int] = set()
+
+    @property
+    def storages(self) -> frozenset[int]:
+        """The addresses of adopted storages."""
+        return frozenset(self._storages)
 
     def move(self, tensors: Iterable[Any]) -> None:
         """Gives the tensors storages in the pool. Those that share a storage share the new one."""

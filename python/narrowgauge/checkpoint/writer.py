@@ -165,7 +165,8 @@ class Checkpointer:
         if prepared is None:
             assert encoded is not None
             lent = frozenset(tensor.untyped_storage().data_ptr() for tensor in waiting)
-            prepared = _prepare(agreed, rank, encoded.tensors, lent)
+            adopted = frozenset() if self._adopter is None else self._adopter.storages
+            prepared = _prepare(agreed, rank, encoded.tensors, lent, adopted)
             self._repeat = Repeat.of(
                 leaves,
                 state,
@@ -324,39 +325,44 @@ class _Prepared(NamedTuple):
     copies: tuple[Any, ...] = ()  # what must live until it has begun
 
 
-def _prepare(agreed: Plan, rank: int, tensors: list[Stored], lent: frozenset[int]) -> _Prepared:
+def _prepare(
+    agreed: Plan, rank: int, tensors: list[Stored], lent: frozenset[int], adopted: frozenset[int]
+) -> _Prepared:
     parts: list[Any] = []
     watched: list[tuple[str, Any]] = []
     held: list[Any] = []
     copies: list[Any] = []  # dense ones, until the native writer has copied them
-    dense: dict[int, tuple[int, int, bool]] = {}  # a stored tensor: its address, bytes per element, whether lent
+    # A stored tensor: its address, bytes per element, whether it is borrowed, whether it is written in place.
+    dense: dict[int, tuple[int, int, bool, bool]] = {}
     part_of: dict[int, int] = {}
     for region in agreed.regions[rank]:
         if region.stored not in dense:
             stored = tensors[region.stored]
             array = _dense(stored.array)
-            borrowed = bool(lent) and array is stored.array and _is_lent(stored, lent)
+            borrowed = bool(lent) and array is stored.array and _within(stored, lent)
             if borrowed:
                 watched.extend((stored.name, source) for source in stored.sources)
             (held if borrowed else copies).append(array)
-            dense[region.stored] = (_address(array), FILE_BYTES[stored.dtype], borrowed)
+            in_place = borrowed and _within(stored, adopted)
+            dense[region.stored] = (_address(array), FILE_BYTES[stored.dtype], borrowed, in_place)
             part_of[region.stored] = len(parts)
-        address, itemsize, borrowed = dense[region.stored]
+        address, itemsize, borrowed, in_place = dense[region.stored]
         name, dtype, shape = agreed.tensors[region.tensor]
         flat, bounds = _bounds(region, shape)
         start, size = region.start * itemsize, (region.stop - region.start) * itemsize
-        parts.append((name, dtype, shape, flat, bounds, address + start, size, borrowed))
+        parts.append((name, dtype, shape, flat, bounds, address + start, size, borrowed, in_place))
     if rank == 0:  # tensors without elements belong to nobody's regions
         written = {region.tensor for regions in agreed.regions for region in regions}
         for index, (name, dtype, shape) in enumerate(agreed.tensors):
             if index not in written:
-                parts.append((name, dtype, shape, False, [(0, length) for length in shape], 0, 0, False))
+                parts.append((name, dtype, shape, False, [(0, length) for length in shape], 0, 0, False, False))
     return _Prepared(agreed.document, _native.CheckpointParts(parts), watched, part_of, held, tuple(copies))
 
 
-def _is_lent(stored: Stored, lent: frozenset[int]) -> bool:
+def _within(stored: Stored, storages: frozenset[int]) -> bool:
+    """Whether a tensor lies in some of these storages, and counts its changes."""
     return bool(stored.sources) and all(
-        is_torch(source) and not source.is_inference() and source.untyped_storage().data_ptr() in lent
+        is_torch(source) and not source.is_inference() and source.untyped_storage().data_ptr() in storages
         for source in stored.sources
     )
 

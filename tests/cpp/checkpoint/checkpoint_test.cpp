@@ -150,6 +150,28 @@ TEST(CheckpointTest, ChangedMemoryIsNotCommitted) {
   EXPECT_TRUE(same(load_like(Checkpoint(step_path(directory, 2)), state), state));
 }
 
+TEST(CheckpointTest, AStateLikeTheOneBeforeMayLieElsewhere) {
+  const TemporaryDirectory directory;
+  Checkpointer checkpointer(directory.path().string());
+  const std::vector<std::byte> memory(64);
+  for (int64_t step = 0; step < 12; ++step) {
+    const auto state = make_state(static_cast<uint64_t>(step), step % 6 == 4 ? size_t{1} << 20 : size_t{3} << 20);
+    checkpointer.save(step, parts_of(state, step % 3 == 1));
+    checkpointer.wait();
+    const Checkpoint checkpoint(step_path(directory, step));
+    checkpoint.verify();
+    EXPECT_EQ(checkpoint.manifest().step, step);
+    EXPECT_TRUE(same(load_like(checkpoint, state), state)) << step;
+    if (step % 4 == 3) {  // a layout that fails leaves none behind
+      auto parts = parts_of(state);
+      parts.push_back({"w", "F7", {16}, Region::run(0, 16), memory});
+      EXPECT_THROW(checkpointer.save(100, parts), InvalidArgument);
+      EXPECT_THROW(checkpointer.save(100, parts), InvalidArgument);
+    }
+  }
+  EXPECT_EQ(checkpoint_steps(directory.path().string()).size(), 12u);
+}
+
 TEST(CheckpointTest, AStepIsReplacedOnlyOnRequest) {
   const TemporaryDirectory directory;
   Checkpointer checkpointer(directory.path().string());
