@@ -1,4 +1,4 @@
-// Binds narrowgauge/device.hpp, executor.hpp and memory.hpp: instruction sets, threads, and the streaming read.
+// Binds narrowgauge/device.hpp, executor.hpp and memory.hpp: instruction sets, GPUs, threads, and the streaming read.
 #include "narrowgauge/device.hpp"
 
 #include <nanobind/stl/string.h>
@@ -31,6 +31,18 @@ void bind_device(nb::module_& module) {
       "The instruction sets that this CPU can run, lowest first.");
   module.def("cpu_name", &cpu_name);
   module.def("cpu_features", &cpu_features);
+
+  module.def("why_no_cuda", &why_no_cuda);
+  module.def("cuda_device_count", &cuda_device_count);
+  module.def("cuda_driver_version", &cuda_driver_version);
+  module.def(
+      "cuda_device",
+      [](int index) {
+        const CudaDevice device = cuda_device(index);
+        return nb::make_tuple(device.name, device.capability, device.multiprocessors, device.memory_bytes,
+                              device.l2_bytes, device.shared_bytes);
+      },
+      "index"_a);
 
   module.def("threads", [] { return default_executor().threads(); }, "Threads that take part in a call.");
   module.def(

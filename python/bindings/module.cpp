@@ -22,6 +22,8 @@ void translate(const std::exception_ptr& pointer, void*) {
     // OSError picks its subclass by errno only when it is called with both.
     nb::object instance = nb::handle(PyExc_OSError)(error.errno_value(), error.what());
     PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(instance.ptr())), instance.ptr());
+  } catch (const CudaError& error) {
+    set_error("CudaError", error.what());
   } catch (const CheckpointCorrupt& error) {
     set_error("CheckpointCorrupt", error.what());
   } catch (const CheckpointError& error) {

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from narrowgauge import _native
 from narrowgauge._native import FileTier, Format, Tensor, format_aliases, set_threads, threads
-from narrowgauge.errors import CheckpointCorrupt, CheckpointError, Error, FileCorrupt, PerformanceWarning
+from narrowgauge.errors import CheckpointCorrupt, CheckpointError, CudaError, Error, FileCorrupt, PerformanceWarning
 from narrowgauge.linear import linear
 from narrowgauge.memory import HostPool, PoolStatistics
 from narrowgauge.qtensor import Canonical, QTensor, quantize
 
 if TYPE_CHECKING:
-    from narrowgauge import checkpoint, nn, ops
+    from narrowgauge import checkpoint, cuda, nn, ops
     from narrowgauge.checkpoint import Checkpointer, PerRank, load_checkpoint, verify_checkpoint
     from narrowgauge.model import LayerReport, QuantizeReport, load_model, quantize_model, save_model
 
@@ -43,6 +43,7 @@ _LAZY = {
     "Checkpointer": "checkpoint",
     "PerRank": "checkpoint",
     "checkpoint": None,
+    "cuda": None,
     "load_checkpoint": "checkpoint",
     "verify_checkpoint": "checkpoint",
     "nn": None,
@@ -59,6 +60,7 @@ __all__ = [
     "CheckpointCorrupt",
     "CheckpointError",
     "Checkpointer",
+    "CudaError",
     "Error",
     "FileCorrupt",
     "FileTier",
@@ -72,6 +74,7 @@ __all__ = [
     "QuantizeReport",
     "Tensor",
     "checkpoint",
+    "cuda",
     "format_aliases",
     "fp4",
     "fp5",

@@ -9,6 +9,10 @@ class Error(RuntimeError):
     """Base of the errors that narrowgauge alone raises."""
 
 
+class CudaError(Error):
+    """CUDA is not there, or the driver or a kernel failed."""
+
+
 class FileCorrupt(Error, ValueError):
     """A file is not what it claims to be: truncated, altered or hostile."""
 

@@ -1,7 +1,11 @@
-// The CPU that the process runs on: its features, and the instruction set whose kernels are used.
+// Devices: the CPU that the process runs on, its features, and the instruction set whose kernels are used; and the NVIDIA
+// GPUs, if there are any.
 //
 // Each room keeps one table of functions per instruction set; the choice is made once, by CPUID, and can be
 // asked, printed and forced: NARROWGAUGE_ISA=portable|avx2|avx512 forces a lower one for the whole process.
+//
+// GPUs are reached through the driver's library, libcuda.so.1, which is looked for when they are first asked for: nothing
+// is linked, and a process that never asks never loads it.
 #pragma once
 
 #include <cstdint>
@@ -32,5 +36,28 @@ void force_isa(Isa isa);
 // The CPU's model name and the features that matter here ("avx2", "avx512_vbmi", "amx_bf16", ...).
 std::string cpu_name();
 std::vector<std::string> cpu_features();
+
+// --- GPUs --------------------------------------------------------------------------------------------------------
+
+// Why no GPU can be used, in a sentence for users; empty if one can.
+std::string why_no_cuda();
+
+// GPUs that the driver shows (CUDA_VISIBLE_DEVICES chooses); 0 where there is none.
+int cuda_device_count();
+
+struct CudaDevice {
+  std::string name;
+  int capability = 0;  // compute capability: 80 for 8.0
+  int multiprocessors = 0;
+  uint64_t memory_bytes = 0;
+  uint64_t l2_bytes = 0;
+  uint64_t shared_bytes = 0;  // that a block may ask for
+};
+
+// Throws CudaError, with why_no_cuda(), if there is no GPU; InvalidArgument if there is none of this index.
+CudaDevice cuda_device(int index);
+
+// CUDA version that the driver is for: 13000 for 13.0. Throws CudaError.
+int cuda_driver_version();
 
 }  // namespace ng

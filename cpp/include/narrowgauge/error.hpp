@@ -38,6 +38,12 @@ class SystemError : public Error {
   int errno_;
 };
 
+// CUDA is not there, or the driver or a kernel failed. Python: narrowgauge.CudaError (a narrowgauge.Error).
+class CudaError : public Error {
+ public:
+  using Error::Error;
+};
+
 // A file is not what it claims to be: truncated, altered or hostile. Python: narrowgauge.FileCorrupt (a ValueError).
 class FileCorrupt : public Error {
  public:

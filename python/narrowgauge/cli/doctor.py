@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import ctypes.util
 import importlib.util
 import os
@@ -193,14 +192,13 @@ def optional_parts() -> list[Finding]:
 
 def _cuda(later: str) -> Finding:
     enables = "narrow layers on NVIDIA GPUs" + later
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return Finding("CUDA driver", False, "no libcuda.so.1", enables)
-    count = ctypes.c_int(0)
-    if (status := driver.cuInit(0)) != 0 or (status := driver.cuDeviceGetCount(ctypes.byref(count))) != 0:
-        return Finding("CUDA driver", False, f"libcuda.so.1 is there but answers error {status}", enables)
-    return Finding("CUDA driver", count.value > 0, f"libcuda.so.1, {count.value} GPUs", enables)
+    if reason := ng.cuda.why_unavailable():
+        return Finding("CUDA driver", False, reason, enables)
+    devices = ", ".join(
+        f"{each.name} (sm_{each.capability}, {each.memory_bytes >> 30} GiB)"
+        for each in map(ng.cuda.device, range(ng.cuda.device_count()))
+    )
+    return Finding("CUDA driver", True, f"CUDA {ng.cuda.driver_version()}: {devices}", enables)
 
 
 def _library(name: str, soname: str) -> str | None:

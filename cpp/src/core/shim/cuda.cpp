@@ -2,6 +2,7 @@
 #include "core/shim/cuda.hpp"
 
 #include <dlfcn.h>
+#include <unistd.h>
 
 #include "narrowgauge/error.hpp"
 
@@ -11,6 +12,7 @@ namespace {
 struct Loaded {
   Driver table;
   std::string reason;  // why there is none; empty: there is
+  pid_t process = getpid();
 };
 
 std::string version_text(int version) { return concat(version / 1000, '.', version % 1000 / 10); }
@@ -62,5 +64,7 @@ const Loaded& loaded() noexcept {
 const Driver* driver() noexcept { return loaded().reason.empty() ? &loaded().table : nullptr; }
 
 const std::string& why_unavailable() noexcept { return loaded().reason; }
+
+int driver_process() noexcept { return loaded().process; }
 
 }  // namespace ng::cuda

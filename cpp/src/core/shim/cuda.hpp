@@ -203,4 +203,7 @@ const Driver* driver() noexcept;
 // Why driver() is null, in a sentence for users; empty if it is not.
 const std::string& why_unavailable() noexcept;
 
+// The process that filled the table: the driver does not work in children forked from it.
+int driver_process() noexcept;
+
 }  // namespace ng::cuda
