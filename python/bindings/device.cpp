@@ -32,13 +32,17 @@ void bind_device(nb::module_& module) {
   module.def("cpu_name", &cpu_name);
   module.def("cpu_features", &cpu_features);
 
-  module.def("why_no_cuda", &why_no_cuda);
-  module.def("cuda_device_count", &cuda_device_count);
-  module.def("cuda_driver_version", &cuda_driver_version);
+  // The first of these starts the driver, which may take seconds.
+  module.def("why_no_cuda", &why_no_cuda, nb::call_guard<nb::gil_scoped_release>());
+  module.def("cuda_device_count", &cuda_device_count, nb::call_guard<nb::gil_scoped_release>());
+  module.def("cuda_driver_version", &cuda_driver_version, nb::call_guard<nb::gil_scoped_release>());
   module.def(
       "cuda_device",
       [](int index) {
-        const CudaDevice device = cuda_device(index);
+        const CudaDevice device = [&] {
+          const nb::gil_scoped_release release;
+          return cuda_device(index);
+        }();
         return nb::make_tuple(device.name, device.capability, device.multiprocessors, device.memory_bytes,
                               device.l2_bytes, device.shared_bytes);
       },
