@@ -273,8 +273,9 @@ void Checkpointer::save(int64_t step, std::span<const CheckpointPart> parts, Sav
   report.blocked_seconds = seconds_since(start);
   const std::lock_guard guard(impl_->mutex);
   try {
-    impl_->thread = std::thread([impl = impl_.get(), options = std::move(options), report, step,
-                                 start] { impl->run(step, options, report, start); });
+    impl_->thread = std::thread([impl = impl_.get(), options = std::move(options), report, step, start] {
+      impl->run(step, options, report, start);
+    });
   } catch (const std::system_error& error) {
     throw SystemError(error.code().value(), concat("cannot start a thread to save step ", step, ": ", error.what()));
   }

@@ -18,10 +18,10 @@
 namespace ng {
 namespace {
 
-constexpr uint64_t kTransfer = uint64_t{2} << 20;     // one request: long enough for any disk, two chunks
+constexpr uint64_t kTransfer = uint64_t{4} << 20;     // one request: long enough for any disk, four chunks
 constexpr uint64_t kMinInPlace = uint64_t{64} << 10;  // below this a copy costs less than a request of its own
-constexpr int kQueueDepth = 8;
-constexpr uint64_t kInPlace = ~uint64_t{0};  // tag of a transfer that uses no staging buffer
+constexpr int kQueueDepth = 4;                        // requests in flight; as many are made ready meanwhile
+constexpr uint64_t kInPlace = ~uint64_t{0};           // tag of a transfer that uses no staging buffer
 
 constexpr uint64_t round_up(uint64_t value, uint64_t to) { return (value + to - 1) / to * to; }
 
