@@ -110,15 +110,18 @@ class Launch:
         if self._writers is None:
             return
         for byte in range(size):
-            writer = self._writers[offsets + byte]
-            bad = (writer >= 0) & (writer != blocks)
+            at = offsets + byte
+            before = self._writers[at]
+            self._writers[at] = blocks
+            after = self._writers[at]  # not `blocks` where two of them write in this very instruction
+            other = np.where(after != blocks, after, before)
+            bad = (other >= 0) & (other != blocks)
             if bad.any():
                 k = int(np.argmax(bad))
                 thread = self.thread_name(int(blocks[k]), int(threads[k]))
-                other = f"block {_coordinates(int(writer[k]), self.grid)}"
-                address = int(offsets[k]) + byte + GLOBAL_BASE
-                self.hazard("two blocks write the same global byte", ins, thread, other, address)
-            self._writers[offsets + byte] = blocks
+                other_name = f"block {_coordinates(int(other[k]), self.grid)}"
+                address = int(at[k]) + GLOBAL_BASE
+                self.hazard("two blocks write the same global byte", ins, thread, other_name, address)
 
     @property
     def totals(self) -> dict[str, object]:
