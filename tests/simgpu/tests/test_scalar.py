@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from fractions import Fraction
+from functools import cache
 
 import numpy as np
 import pytest
@@ -45,18 +46,23 @@ def kernel(body: str, bits: tuple[int, int, int, int]) -> str:
     return _KERNEL.format(body=body.format(**names), bits=bits, bytes=[width // 8 for width in bits], **names)
 
 
+@cache
+def complaint(text: str) -> str:
+    """What ptxas has against a PTX text; nothing where it is not installed."""
+    if shutil.which("ptxas") is None:
+        return ""
+    command = ["ptxas", "-arch=sm_80", "-o", "/dev/null", "-"]
+    return subprocess.run(command, input=text, text=True, capture_output=True).stderr
+
+
 def check(
     body: str,
     reference: ref.Reference,
     bits: tuple[int, int, int, int] = (32, 32, 32, 32),
     inputs: Callable[[int, int], list[int]] = ref.edges_and_noise,
-    assemble: bool = True,
 ) -> None:
     text = kernel(body, bits)
-    if assemble and shutil.which("ptxas"):
-        command = ["ptxas", "-arch=sm_80", "-o", "/dev/null", "-"]
-        result = subprocess.run(command, input=text, text=True, capture_output=True)
-        assert result.returncode == 0, result.stderr
+    assert complaint(text) == ""
     device = simgpu.Device(1 << 20)
     values = [inputs(width, k) for k, width in enumerate(bits[:3])]
     buffers = [device.array(np.array(v, f"u{width // 8}")) for v, width in zip(values, bits, strict=False)]
@@ -76,7 +82,7 @@ def small_and_large(width: int, operand: int) -> list[int]:
 
 @pytest.mark.parametrize("table", [*range(0, 256, 7), 0xC0, 0xEA, 0xFE, 0x96, 0xF8, 0x80, 0xCA, 0xE8, 0x6A, 0xFF])
 def test_lop3(table: int) -> None:
-    check(f"lop3.b32 {{d}}, {{a}}, {{b}}, {{c}}, {table};", ref.lop3(table), assemble=table % 3 == 0)
+    check(f"lop3.b32 {{d}}, {{a}}, {{b}}, {{c}}, {table};", ref.lop3(table))
 
 
 @pytest.mark.parametrize("mode", [None, "f4e", "b4e", "rc8", "ecl", "ecr", "rc16"])
@@ -149,7 +155,7 @@ INTEGER = {
 @pytest.mark.parametrize("body", INTEGER, ids=lambda body: body.split(";")[0])
 def test_integer(body: str) -> None:
     check(body, INTEGER[body])
-    check(body, INTEGER[body], inputs=small_and_large, assemble=False)
+    check(body, INTEGER[body], inputs=small_and_large)
 
 
 def test_wide() -> None:
@@ -218,5 +224,6 @@ def test_conversions() -> None:
 
 @pytest.mark.parametrize("body", ["add.rm.f64 %l1, %l2, %l3;", "cvt.rp.f16.f32 %h1, {a};", "tex.1d {d}, {a};"])
 def test_refuses_what_it_does_not_support(body: str) -> None:
+    program = simgpu.Program(kernel(body, (32, 32, 32, 32)))
     with pytest.raises(simgpu.PtxError, match=r"k: .* is not supported\n  at PTX line 12: "):
-        check(body, lambda a, b, c: None, assemble=False)
+        program.launch("k", 1, 32, [0, 0, 0, 0], simgpu.Device(1 << 20))
