@@ -126,7 +126,8 @@ def _fp8_values(exponent_bits: int, mantissa_bits: int, ieee: bool) -> np.ndarra
             value = mantissa * 2.0 ** (1 - bias - mantissa_bits)
         else:
             value = (1 + mantissa / (1 << mantissa_bits)) * 2.0 ** (exponent - bias)
-        values[code] = -value if code & 0x80 else value
+        negative = code & 0x80 and not np.isnan(value)  # NaN has one sign
+        values[code] = -value if negative else value
     return values
 
 
