@@ -69,8 +69,8 @@ def test_atomics(program: simgpu.Program, device: simgpu.Device) -> None:
     program.launch("hist", 1, 256, [device.array(x), counts, len(x)], device).clean()
     assert (counts.get() == np.bincount(x, minlength=64)).all()
     lock, entered = device.zeros(1, np.int32), device.zeros(1, np.int32)
-    program.launch("lock", 3, 64, [lock, entered], device)
-    assert entered.get()[0] == 192 and lock.get()[0] == 0
+    program.launch("lock", 3, 40, [lock, entered], device)
+    assert entered.get()[0] == 120 and lock.get()[0] == 0
 
 
 def test_divergence(program: simgpu.Program, device: simgpu.Device) -> None:

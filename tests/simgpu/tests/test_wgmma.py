@@ -32,22 +32,30 @@ def tiles(x: np.ndarray, swizzled: bool) -> np.ndarray:
     return np.concatenate(out)
 
 
-@pytest.mark.parametrize("name, swizzled", [("wgmma_plain", False), ("wgmma_sw128", True)])
-def test_wgmma(program: simgpu.Program, name: str, swizzled: bool) -> None:
+@pytest.mark.parametrize(
+    "name, swizzled, decay", [("plain", False, 1), ("sw128", True, 1), ("sw128", True, 0.5), ("pipelined", True, 1)]
+)
+def test_wgmma(program: simgpu.Program, name: str, swizzled: bool, decay: float) -> None:
     a, b = RNG.standard_normal((2, 64, K)).astype(np.float16)
     device = simgpu.Device(16 << 20)
     y = device.empty((64, 64), np.float32)
-    args = [device.array(tiles(a, swizzled)), device.array(tiles(b, swizzled)), y, K]
-    launch = program.launch(name, 1, 160, args, device, shared=32768).clean()
-    assert np.abs(y.get() - a.astype(float) @ b.astype(float).T).max() < 1e-4
+    args = [device.array(tiles(a, swizzled)), device.array(tiles(b, swizzled)), y, K, decay]
+    launch = program.launch(f"wgmma_{name}", 1, 160, args, device, shared=32768).clean()
+    factors = np.repeat(decay ** np.arange(K // 64 - 1, -1, -1.0), 64)
+    assert np.abs(y.get() - (a * factors) @ b.astype(float).T).max() < 1e-4
     assert launch.totals["bulk_bytes"] == 2 * 64 * K * 2
 
 
-def test_faults(program: simgpu.Program) -> None:
+def test_overrun_of_the_ring(program: simgpu.Program) -> None:
     device = simgpu.Device(16 << 20)
-    a = device.array(np.ones(64 * K, np.float16))
-    y = device.empty((64, 64), np.float32)
+    a, y = device.array(np.ones(64 * K, np.float16)), device.empty((64, 64), np.float32)
     with pytest.raises(simgpu.SimError, match="more arrivals at the mbarrier than its count of 1"):
-        program.launch("wgmma_no_empty", 1, 160, [a, a, y, K], device, shared=32768)
-    program.launch("wgmma_no_wait", 1, 160, [a, a, y, K], device, shared=32768)
-    assert np.isnan(y.get()).any()
+        program.launch("wgmma_no_empty", 1, 160, [a, a, y, K, 1], device, shared=32768)
+
+
+@pytest.mark.parametrize("name", ["no_wait", "no_last_wait"])
+def test_missing_wait(program: simgpu.Program, name: str) -> None:
+    device = simgpu.Device(16 << 20)
+    a, y = device.array(np.ones(64 * K, np.float16)), device.empty((64, 64), np.float32)
+    program.launch(f"wgmma_{name}", 1, 160, [a, a, y, K, 1], device, shared=32768)
+    assert np.isnan(y.get()).all()

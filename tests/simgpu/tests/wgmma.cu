@@ -29,8 +29,9 @@ __device__ __forceinline__ uint64_t desc(uint32_t a, int lbo, int sbo, int mode)
   return (uint64_t)((a & 0x3ffff) >> 4) | (uint64_t)(lbo >> 4) << 16 | (uint64_t)(sbo >> 4) << 32 |
          (uint64_t)mode << 62;
 }
-template <int MODE, int FAULT>
-__device__ void body(const half* a, const half* b, float* y, int K) {
+// LEFT multiplications stay in flight from step to step; without, the sum so far is multiplied by decay in each step.
+template <int MODE, int FAULT, int LEFT>
+__device__ void body(const half* a, const half* b, float* y, int K, float decay) {
   extern __shared__ __align__(1024) uint8_t smem[];  // [2] x { A 64x64, B 64x64 } = 2 x 16 KiB
   __shared__ __align__(8) uint64_t full[2], empty[2];
   int tid = threadIdx.x, nk = K / 64;
@@ -57,6 +58,8 @@ __device__ void body(const half* a, const half* b, float* y, int K) {
   for (int t = 0; t < nk; t++) {
     int s = t & 1;
     mb_wait(su(&full[s]), (t >> 1) & 1);
+    if (LEFT == 0)
+      for (int i = 0; i < 32; i++) c[i] *= decay;
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
     for (int k = 0; k < 4; k++) {
@@ -75,18 +78,26 @@ __device__ void body(const half* a, const half* b, float* y, int K) {
           : "l"(da), "l"(db), "r"(1));
     }
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-    if (FAULT != 2) asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-    mb_arrive(su(&empty[s]));
+    if (FAULT != 2) asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+    if (LEFT == 0)
+      mb_arrive(su(&empty[s]));
+    else if (t > 0)
+      mb_arrive(su(&empty[s ^ 1]));
   }
+  if (LEFT && FAULT != 3) asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
   int lane = tid & 31, w = tid >> 5;
   for (int j = 0; j < 8; j++)
     for (int h = 0; h < 2; h++)
       *(float2*)(y + (w * 16 + h * 8 + lane / 4) * 64 + j * 8 + (lane & 3) * 2) =
           make_float2(c[4 * j + 2 * h], c[4 * j + 2 * h + 1]);
 }
-#define K90(NAME, MODE, F) \
-  extern "C" __global__ void NAME(const half* a, const half* b, float* y, int K) { body<MODE, F>(a, b, y, K); }
-K90(wgmma_plain, 0, 0)
-K90(wgmma_sw128, 1, 0)
-K90(wgmma_no_empty, 0, 1)
-K90(wgmma_no_wait, 0, 2)
+#define KERNEL(NAME, MODE, FAULT, LEFT)                                                         \
+  extern "C" __global__ void NAME(const half* a, const half* b, float* y, int K, float decay) { \
+    body<MODE, FAULT, LEFT>(a, b, y, K, decay);                                                 \
+  }
+KERNEL(wgmma_plain, 0, 0, 0)
+KERNEL(wgmma_sw128, 1, 0, 0)
+KERNEL(wgmma_pipelined, 1, 0, 1)
+KERNEL(wgmma_no_empty, 0, 1, 0)
+KERNEL(wgmma_no_wait, 0, 2, 0)
+KERNEL(wgmma_no_last_wait, 0, 3, 1)
