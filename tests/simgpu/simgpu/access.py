@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from .machine import Machine
-from .memory import ALLOCATED, GLOBAL_BASE, INITIALISED, LOCAL_WINDOW, READ_ONLY, SHARED_WINDOW, WINDOW
+from .memory import ALLOCATED, INITIALISED, LOCAL_WINDOW, READ_ONLY, SHARED_WINDOW, WINDOW
 from .ptx import Instruction
 from .steps import ALL, Lanes
 
@@ -93,7 +93,7 @@ def check_global(
     m: Machine, ins: Instruction, lanes: np.ndarray, addresses: np.ndarray, size: int, what: str
 ) -> np.ndarray:
     """The offsets in device memory. `what` is read, write or atomic."""
-    offsets = addresses - GLOBAL_BASE
+    offsets = addresses - m.device.base
     bad = (offsets < 0) | (offsets + size > m.device.bytes.size)
     if not bad.any():
         flags = m.device.flags[offsets] & m.device.flags[offsets + (size - 1)]

@@ -14,7 +14,7 @@ import numpy as np
 
 from .counters import Counters
 from .layout import Layout
-from .memory import GLOBAL_BASE, Buffer, Device
+from .memory import Buffer, Device
 from .ptx import Instruction, Kernel, Module
 
 Dim = tuple[int, int, int]
@@ -120,7 +120,7 @@ class Launch:
                 k = int(np.argmax(bad))
                 thread = self.thread_name(int(blocks[k]), int(threads[k]))
                 other_name = f"block {_coordinates(int(other[k]), self.grid)}"
-                address = int(at[k]) + GLOBAL_BASE
+                address = int(at[k]) + self.device.base
                 self.hazard("two blocks write the same global byte", ins, thread, other_name, address)
 
     @property

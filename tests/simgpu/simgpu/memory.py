@@ -37,7 +37,7 @@ class Buffer:
     @property
     def ptr(self) -> int:
         """The address that a kernel sees."""
-        return GLOBAL_BASE + self.offset
+        return self.device.base + self.offset
 
     @property
     def _slice(self) -> slice:
@@ -58,6 +58,7 @@ class Device:
     """Simulated device memory of a fixed size."""
 
     def __init__(self, memory: int = 256 << 20) -> None:
+        self.base = GLOBAL_BASE  # the address of its first byte
         self.bytes = np.zeros(memory, np.uint8)
         self.flags = np.zeros(memory, np.uint8)
         self.views = {size: self.bytes.view(f"u{size}") for size in (1, 2, 4, 8)}
@@ -102,7 +103,7 @@ class Device:
 
     def where(self, address: int) -> str:
         """Where an address lies, for error messages."""
-        offset = int(address) - GLOBAL_BASE
+        offset = int(address) - self.base
 
         def distance(buffer: Buffer) -> int:
             return max(buffer.offset - offset, offset - (buffer.offset + buffer.nbytes) + 1, 0)

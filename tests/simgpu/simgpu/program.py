@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -18,7 +18,7 @@ from .launch import Argument, Dim, Launch
 from .machine import Machine
 from .memory import Device
 from .parser import parse
-from .ptx import Kernel
+from .ptx import Kernel, Variable
 from .scheduler import Scheduler
 
 _BATCH_LANES = 4096  # larger arrays cost more in caches than they save in calls
@@ -28,7 +28,7 @@ class Program:
     def __init__(self, text: str) -> None:
         self.module = parse(text)
         self.kernels = self.module.kernels
-        self._globals: WeakKeyDictionary[Device, dict[str, int]] = WeakKeyDictionary()
+        self._globals: WeakKeyDictionary[Device, Mapping[str, int]] = WeakKeyDictionary()
 
     def find(self, name: str) -> Kernel:
         """By its full name, or by a part that only one kernel has."""
@@ -80,16 +80,24 @@ class Program:
             Scheduler(Machine(launch, range(first, min(launch.blocks, first + batch)))).run()
         return launch
 
-    def _globals_on(self, device: Device) -> dict[str, int]:
-        """Addresses of the module's global and constant variables, which live as long as the device."""
+    @property
+    def variables(self) -> list[Variable]:
+        """Those of the module that lie in device memory."""
+        every = self.module.variables + [v for kernel in self.kernels.values() for v in kernel.variables]
+        return [variable for variable in every if variable.space in ("global", "const") and variable.size]
+
+    def place_variables(self, device: Device, addresses: Mapping[str, int]) -> None:
+        """For a device whose memory someone else manages: that one has allocated and initialised them."""
+        self._globals[device] = addresses
+
+    def _globals_on(self, device: Device) -> Mapping[str, int]:
+        """Addresses of the module's variables, which are made at its first launch and live as long as the device."""
         if device not in self._globals:
             addresses = {}
-            variables = self.module.variables + [v for kernel in self.kernels.values() for v in kernel.variables]
-            for variable in variables:
-                if variable.space in ("global", "const") and variable.size:
-                    buffer = device.allocate(variable.size, align=max(16, variable.align))
-                    buffer.set(np.frombuffer(variable.initial or bytes(variable.size), np.uint8))
-                    addresses[variable.name] = buffer.ptr
+            for variable in self.variables:
+                buffer = device.allocate(variable.size, align=max(16, variable.align))
+                buffer.set(np.frombuffer(variable.initial or bytes(variable.size), np.uint8))
+                addresses[variable.name] = buffer.ptr
             self._globals[device] = addresses
         return self._globals[device]
 

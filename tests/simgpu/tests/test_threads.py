@@ -54,6 +54,17 @@ def test_two_blocks_write_one_byte(program: simgpu.Program, device: simgpu.Devic
     assert {launch.hazards[0].thread[:13], launch.hazards[0].other} == {"block (0,0,0)", "block (1,0,0)"}
 
 
+def test_variables_of_the_module(program: simgpu.Program, device: simgpu.Device) -> None:
+    out = device.empty(4, np.int32)
+    program.launch("variables", 1, 4, [out], device).clean()
+    assert out.get().tolist() == [2, 3, 5, 7]
+    addresses = {variable.name: device.zeros(variable.size, np.uint8).ptr for variable in program.variables}
+    assert {"counter", "table"} <= addresses.keys()
+    program.place_variables(device, addresses)
+    program.launch("variables", 1, 4, [out], device).clean()
+    assert out.get().tolist() == [0, 0, 0, 0]
+
+
 def test_block_reduction(program: simgpu.Program, device: simgpu.Device) -> None:
     x = RNG.standard_normal(100000).astype(np.float32)
     a, out = device.array(x), device.zeros(1, np.float32)

@@ -75,3 +75,6 @@ extern "C" __global__ void talk(int bad) {
   if (threadIdx.x == 0) printf("%d\n", bad);
   assert(threadIdx.x != bad);
 }
+__device__ int counter = 41;
+__constant__ int table[4] = {2, 3, 5, 7};
+extern "C" __global__ void variables(int* o) { o[threadIdx.x] = table[threadIdx.x] + atomicAdd(&counter, 1) * 0; }

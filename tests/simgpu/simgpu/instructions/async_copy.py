@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import access
 from ..machine import Machine
-from ..memory import ALLOCATED, GLOBAL_BASE, INITIALISED, POISON, SHARED_WINDOW
+from ..memory import ALLOCATED, INITIALISED, POISON, SHARED_WINDOW
 from ..pending import BulkCopy, Copy
 from ..ptx import Instruction, Reg
 from ..steps import Lanes, Operation, Reader
@@ -98,7 +98,7 @@ def _check_sources(
     m: Machine, ins: Instruction, lanes: np.ndarray, sources: np.ndarray, counts: np.ndarray, size: int
 ) -> np.ndarray:
     """The offsets in device memory; 0 for lanes that read nothing, whose address may be anything."""
-    offsets = np.where(counts > 0, sources - GLOBAL_BASE, 0)
+    offsets = np.where(counts > 0, sources - m.device.base, 0)
     reads = counts > 0
     if not reads.any():
         return offsets
@@ -184,7 +184,7 @@ def _bulk_of_lane(
             lane,
         )
     far, near = (source, target) if barrier is not None else (target, source)
-    offset = far - GLOBAL_BASE
+    offset = far - m.device.base
     end = offset + size
     if offset < 0 or end > m.device.bytes.size or not (m.device.flags[offset:end] & ALLOCATED).all():
         m.fail(ins, f"out-of-bounds cp.async.bulk of {size} bytes at {far:#x} ({m.device.where(far)})", lane)

@@ -6,6 +6,8 @@ when the kernel is decoded, never rounded to nearest instead.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from .. import numerics
@@ -44,7 +46,7 @@ def _rounding(ins: Instruction) -> str:
     return next((mod for mod in ins.mods if mod in _ROUNDINGS), "")
 
 
-def _read_two(m: Machine, ins: Instruction) -> Function:
+def _read_two(m: Machine, ins: Instruction) -> Callable[[Lanes], list[np.ndarray]]:
     """Both sources of a packing conversion, the upper one first."""
     a, b = (m.read(arg, "f32") for arg in ins.args[1:3])
     relu = "relu" in ins.mods

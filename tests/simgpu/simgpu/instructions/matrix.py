@@ -6,13 +6,15 @@ Lane l holds elements 2*(l % 4) and 2*(l % 4) + 1 of row l / 4 in one register; 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from .. import access
 from ..machine import Machine
 from ..memory import SHARED_WINDOW
 from ..ptx import Instruction, Operand, choice, items, state_space
-from ..steps import Lanes, Reader, WarpSync
+from ..steps import Lanes, WarpSync
 
 _COUNTS = {"x1": 1, "x2": 2, "x4": 4}
 _LANE = np.arange(32)
@@ -26,8 +28,10 @@ def _count(m: Machine, ins: Instruction) -> int:
     return _COUNTS[choice(ins, _COUNTS)]
 
 
-def _rows(m: Machine, ins: Instruction, operand: Operand, count: int) -> Reader:
-    """(lanes, addresses) of the rows of all matrices."""
+def _rows(
+    m: Machine, ins: Instruction, operand: Operand, count: int
+) -> Callable[[Lanes], tuple[np.ndarray, np.ndarray]]:
+    """The lanes that give an address, and the addresses: the rows of all matrices."""
     address = m.address(operand)
     base = SHARED_WINDOW if state_space(ins) == "generic" else 0
 
