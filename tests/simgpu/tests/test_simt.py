@@ -13,7 +13,7 @@ RNG = np.random.default_rng(2)
 
 @pytest.fixture
 def program(compiled: Callable[..., simgpu.Program]) -> simgpu.Program:
-    return compiled("threads.cu")
+    return compiled("simt.cu")
 
 
 @pytest.fixture
