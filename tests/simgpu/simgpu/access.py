@@ -1,0 +1,185 @@
+"""Checked loads and stores: bounds, alignment, initialisation and races, with the counters that go with them.
+
+Every access of an instruction to global, shared or local memory passes through here, whatever address space it names.
+Addresses are one for each lane; values are unsigned arrays of shape (lanes, elements).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .machine import Machine
+from .memory import ALLOCATED, INITIALISED, LOCAL_WINDOW, READ_ONLY, SHARED_WINDOW, WINDOW
+from .ptx import Instruction
+from .steps import ALL, Lanes
+
+
+def load(
+    m: Machine, ins: Instruction, space: str, lanes: np.ndarray, addresses: np.ndarray, element: int, count: int
+) -> np.ndarray:
+    m.now += 1
+    size = element * count
+    if space == "generic":
+        parts = split_generic(addresses)
+        if len(parts) == 1:
+            return load(m, ins, parts[0][0], lanes, parts[0][2], element, count)
+        out = np.empty((len(lanes), count), f"u{element}")
+        for part, which, inside in parts:
+            out[which] = load(m, ins, part, lanes[which], inside, element, count)
+        return out
+    if space in ("global", "const"):
+        offsets = check_global(m, ins, lanes, addresses, size, "read")
+        m.counters.global_access(ins, "load", lanes, offsets, size)
+        view = m.device.views[element]
+    elif space == "shared":
+        offsets = check_shared(m, ins, lanes, addresses, size, "read")
+        m.counters.shared_access(ins, "load", lanes, addresses, size, m.lane_count)
+        if m.shared.check:
+            m.shared.note_read(lanes, offsets, size, m.now, ins)
+        view = m.shared.views[element]
+    else:
+        offsets = check_local(m, ins, lanes, addresses, size, "read")
+        view = m.local_views[element]
+    first = offsets // element
+    return view[first][:, None] if count == 1 else view[first[:, None] + np.arange(count)]
+
+
+def store(
+    m: Machine, ins: Instruction, space: str, lanes: np.ndarray, addresses: np.ndarray, values: np.ndarray
+) -> None:
+    m.now += 1
+    element, count = values.dtype.itemsize, values.shape[1]
+    size = element * count
+    if space == "generic":
+        for part, which, inside in split_generic(addresses):
+            store(m, ins, part, lanes[which], inside, values[which])
+        return
+    same_target = False
+    if space == "global":
+        offsets = check_global(m, ins, lanes, addresses, size, "write")
+        m.counters.global_access(ins, "store", lanes, offsets, size)
+        mark_initialised(m, offsets, size)
+        m.launch.note_global_write(ins, m.blocks[m.block_of[lanes]], lanes % m.lanes_per_block, offsets, size)
+        view = m.device.views[element]
+    elif space == "shared":
+        offsets = check_shared(m, ins, lanes, addresses, size, "write")
+        m.counters.shared_access(ins, "store", lanes, addresses, size, m.lane_count)
+        same_target = m.shared.check and m.shared.note_write(lanes, offsets, size, m.now, ins)
+        view = m.shared.views[element]
+    else:
+        offsets = check_local(m, ins, lanes, addresses, size, "write")
+        view = m.local_views[element]
+    first = offsets // element
+    if count == 1 and not same_target:
+        view[first] = values[:, 0]
+        return
+    at = first[:, None] + np.arange(count)
+    view[at] = values
+    if same_target and (view[at] != values).any():
+        k = np.argmax((view[at] != values).any(1))
+        kind = "write after write: two lanes store different values in one instruction"
+        m.hazard(kind, ins, lanes[k], int(addresses[k]))
+
+
+def mark_initialised(m: Machine, offsets: np.ndarray, size: int) -> None:
+    flags = m.device.flags
+    if flags[offsets[0]] & flags[offsets[-1]] & INITIALISED and (flags[offsets] & INITIALISED).all():
+        return  # most stores are to memory that was written before, as a whole
+    for byte in range(size):
+        flags[offsets + byte] |= INITIALISED
+
+
+def check_global(
+    m: Machine, ins: Instruction, lanes: np.ndarray, addresses: np.ndarray, size: int, what: str
+) -> np.ndarray:
+    """The offsets in device memory. `what` is read, write or atomic."""
+    offsets = addresses - m.device.base
+    bad = (offsets < 0) | (offsets + size > m.device.bytes.size)
+    if not bad.any():
+        flags = m.device.flags[offsets] & m.device.flags[offsets + (size - 1)]
+        bad = (flags & ALLOCATED) == 0
+        if what != "read":
+            protected = (flags & READ_ONLY) != 0
+            if protected.any():
+                k = np.argmax(protected)
+                m.fail(ins, f"{what} of {size} bytes to read-only memory at {addresses[k]:#x}", lanes[k])
+        elif not bad.any():
+            unwritten = (flags & INITIALISED) == 0
+            if unwritten.any():
+                k = np.argmax(unwritten)
+                m.hazard("uninitialised global read", ins, lanes[k], int(addresses[k]))
+    if bad.any():
+        k = np.argmax(bad)
+        kind = "null-pointer" if 0 <= addresses[k] < 4096 else "out-of-bounds"
+        m.fail(
+            ins,
+            f"{kind} global {what} of {size} bytes at {addresses[k]:#x} "
+            f"({int(bad.sum())} lanes; {m.device.where(addresses[k])})",
+            lanes[k],
+        )
+    _check_alignment(m, ins, lanes, addresses, size, f"global {what}")
+    return offsets
+
+
+def check_shared(
+    m: Machine, ins: Instruction, lanes: np.ndarray, addresses: np.ndarray, size: int, what: str
+) -> np.ndarray:
+    """The offsets in the batch's shared memory."""
+    bad = (addresses < 0) | (addresses + size > m.layout.shared_bytes)
+    if bad.any():
+        k = np.argmax(bad)
+        m.fail(
+            ins,
+            f"out-of-bounds shared {what} of {size} bytes at {addresses[k]:#x} "
+            f"(the block has {m.layout.shared_bytes} bytes; {int(bad.sum())} lanes)",
+            lanes[k],
+        )
+    _check_alignment(m, ins, lanes, addresses, size, f"shared {what}")
+    return addresses + m.block_of[lanes] * m.shared.stride
+
+
+def check_local(
+    m: Machine, ins: Instruction, lanes: np.ndarray, addresses: np.ndarray, size: int, what: str
+) -> np.ndarray:
+    """The offsets in the batch's local memory."""
+    bad = (addresses < 0) | (addresses + size > m.layout.local_bytes)
+    if bad.any():
+        k = np.argmax(bad)
+        m.fail(
+            ins,
+            f"out-of-bounds local {what} of {size} bytes at {addresses[k]:#x} "
+            f"(a thread has {m.layout.local_bytes} bytes; {int(bad.sum())} lanes)",
+            lanes[k],
+        )
+    _check_alignment(m, ins, lanes, addresses, size, f"local {what}")
+    return addresses + lanes * m.layout.local_bytes
+
+
+def split_generic(addresses: np.ndarray) -> list[tuple[str, Lanes, np.ndarray]]:
+    """Generic addresses by space: (space, which of them, their addresses inside the space)."""
+    shared = in_shared(addresses)
+    local = in_local(addresses)
+    parts = (("shared", shared, SHARED_WINDOW), ("local", local, LOCAL_WINDOW), ("global", ~(shared | local), 0))
+    for space, mask, base in parts:
+        if mask.all():
+            return [(space, ALL, addresses - base)]
+    return [(space, np.nonzero(mask)[0], addresses[mask] - base) for space, mask, base in parts if mask.any()]
+
+
+def in_shared(addresses: np.ndarray) -> np.ndarray:
+    return (addresses >= SHARED_WINDOW) & (addresses < SHARED_WINDOW + WINDOW)
+
+
+def in_local(addresses: np.ndarray) -> np.ndarray:
+    return (addresses >= LOCAL_WINDOW) & (addresses < LOCAL_WINDOW + WINDOW)
+
+
+def _check_alignment(
+    m: Machine, ins: Instruction, lanes: np.ndarray, addresses: np.ndarray, size: int, what: str
+) -> None:
+    if size == 1:
+        return
+    bad = (addresses & (size - 1)) != 0
+    if bad.any():
+        k = np.argmax(bad)
+        m.fail(ins, f"misaligned {what} of {size} bytes at {addresses[k]:#x}, which is no multiple of {size}", lanes[k])

@@ -1,0 +1,80 @@
+"""Every instruction that the simulator executes, by base opcode, and how one is decoded.
+
+Each file of this package turns the instructions of one subject into steps: plain functions of lanes for most, records
+for the few that the scheduler must act on (steps.py). What an instruction does not support it refuses here, before the
+kernel runs, with the PTX line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from ..machine import Machine
+from ..ptx import Instruction
+from ..steps import ALL, Lanes, Operation, Step
+from . import (
+    arithmetic,
+    async_copy,
+    atomics,
+    barrier,
+    bits,
+    compare,
+    convert,
+    matrix,
+    mbarrier,
+    memory,
+    mma,
+    moves,
+    warp,
+    wgmma,
+)
+
+_FILES = (
+    arithmetic,
+    async_copy,
+    atomics,
+    barrier,
+    bits,
+    compare,
+    convert,
+    matrix,
+    mbarrier,
+    memory,
+    mma,
+    moves,
+    warp,
+    wgmma,
+)
+INSTRUCTIONS: dict[str, Callable[[Machine, Instruction], Step]] = {
+    base: decoder for file in _FILES for base, decoder in file.INSTRUCTIONS.items()
+}
+
+
+def decode(m: Machine, ins: Instruction) -> Step:
+    if ins.base not in INSTRUCTIONS:
+        raise m.unsupported(ins)
+    try:
+        step = INSTRUCTIONS[ins.base](m, ins)
+    except (KeyError, IndexError, AttributeError, ValueError, StopIteration) as error:
+        raise m.unsupported(ins, f"this form of {ins.base}") from error
+    if ins.guard is None or not callable(step):
+        return step
+    return _guarded(m, ins, step)
+
+
+def _guarded(m: Machine, ins: Instruction, operation: Operation) -> Operation:
+    """The operation on those lanes whose predicate holds. Other steps are guarded by the scheduler."""
+    predicate, negated = m.registers[ins.guard.name], ins.guard.negated
+
+    def execute(i: Lanes) -> None:
+        holds = predicate[i]
+        if negated:
+            holds = ~holds
+        if holds.all():
+            operation(i)
+        elif holds.any():
+            operation(np.nonzero(holds)[0] if i is ALL else i[holds])
+
+    return execute

@@ -1,0 +1,210 @@
+"""Shared memory of a batch of blocks, with a happens-before check of every access.
+
+For each granule (the smallest access that the kernel makes) it remembers the last write, its lane, and the last read
+of each warp, as times of the simulator's step counter. ordered[block, w, v] is the time up to which everything that
+warp v did happens before what warp w does next; barriers and mbarriers raise it. An access that is later than that is
+a race, whatever the order in which the simulator happened to run the warps. Column `warps` of that table is the
+asynchronous proxy: bulk copies. Bounds, alignment and bank conflicts are checked and counted elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from .memory import POISON
+from .ptx import Instruction
+
+PENDING = 1 << 62  # a time that nothing is ordered after: the access has not happened yet
+
+_ASYNC_LANE = -1
+
+# (kind, instruction, lane, address in the block, the other access's lane)
+Report = Callable[[str, Instruction, int, int, int | None], None]
+HeldReads = tuple[np.ndarray, np.ndarray]
+
+
+class SharedMemory:
+    def __init__(self, blocks: int, warps: int, size: int, granule: int, report: Report, check: bool) -> None:
+        self.size = size
+        # The gap after each block catches what runs over its end before any other block's memory is touched.
+        self.stride = (size + 15) // 16 * 16 + 16
+        self.bytes = np.full(blocks * self.stride, POISON, np.uint8)
+        self.views = {n: self.bytes.view(f"u{n}") for n in (1, 2, 4, 8)}
+        self.warps = warps
+        self.lanes_per_block = warps * 32
+        self.check = check
+        self.report = report
+        self.shift = granule.bit_length() - 1
+        if not check:
+            return
+        count = self.bytes.size >> self.shift
+        self.granules = count
+        self.written_at = np.full(count, -1, np.int64)
+        self.written_by = np.full(count, -1, np.int32)
+        self.read_at = np.full(count, -1, np.int64)
+        self.read_by = np.full(count, -1, np.int32)
+        self.read_at_by_warp = np.full((warps + 1) * count, -1, np.int64)
+        self.ordered = np.full((blocks, warps + 1, warps + 1), -1, np.int64)
+        self.block_synced_at = np.full(blocks, -1, np.int64)  # the last barrier of all warps
+        self.warp_synced_at = np.full(blocks * (warps + 1), -1, np.int64)  # the last __syncwarp or barrier
+
+    def note_read(self, lanes: np.ndarray, offsets: np.ndarray, size: int, now: int, ins: Instruction) -> None:
+        granules, lanes = self._granules(lanes, offsets, size)
+        written_at = self.written_at[granules]
+        block = lanes // self.lanes_per_block
+        recent = written_at > self.block_synced_at[block]
+        if recent.any():
+            self._check_writes(
+                granules[recent], lanes[recent], written_at[recent], block[recent], ins, "read after write"
+            )
+        unwritten = written_at < 0
+        if unwritten.any():
+            k = np.argmax(unwritten)
+            self.report("uninitialised shared read", ins, lanes[k], self._address(granules[k]), None)
+        self.read_at[granules] = now
+        self.read_by[granules] = lanes
+        self.read_at_by_warp[self._warp(lanes) * self.granules + granules] = now
+
+    def note_write(self, lanes: np.ndarray, offsets: np.ndarray, size: int, now: int, ins: Instruction) -> bool:
+        """True if two lanes write the same granule in this instruction."""
+        granules, lanes = self._check_before_write(lanes, offsets, size, ins)
+        self.written_at[granules] = now
+        self.written_by[granules] = lanes
+        return bool((self.written_by[granules] != lanes).any())
+
+    def note_atomic(self, lanes: np.ndarray, offsets: np.ndarray, size: int, now: int) -> None:
+        """Atomics are ordered with each other; as reads they are checked against later plain writes."""
+        granules, lanes = self._granules(lanes, offsets, size)
+        self.read_at[granules] = now
+        self.read_by[granules] = lanes
+
+    def note_copy_started(self, lanes: np.ndarray, offsets: np.ndarray, size: int, ins: Instruction) -> None:
+        granules, lanes = self._check_before_write(lanes, offsets, size, ins)
+        self.written_at[granules] = PENDING
+        self.written_by[granules] = lanes
+
+    def note_copy_done(self, lanes: np.ndarray, offsets: np.ndarray, size: int, now: int) -> None:
+        granules, lanes = self._granules(lanes, offsets, size)
+        self.written_at[granules] = now
+        self.written_by[granules] = lanes
+
+    def note_bulk_copy_done(self, offsets: np.ndarray, now: int) -> None:
+        """16 bytes at each offset were written by the asynchronous proxy, not by a warp."""
+        granules, _ = self._granules(offsets, offsets, 16)
+        self.written_at[granules] = now
+        self.written_by[granules] = _ASYNC_LANE
+
+    def hold_reads(self, lanes: np.ndarray, offsets: np.ndarray, size: int) -> HeldReads:
+        """Reads of an asynchronous operation: any write before release_reads is a hazard."""
+        granules, lanes = self._granules(lanes, offsets, size)
+        by_warp = self._warp(lanes) * self.granules + granules
+        self.read_at[granules] = PENDING
+        self.read_at_by_warp[by_warp] = PENDING
+        return granules, by_warp
+
+    def release_reads(self, held: HeldReads, now: int) -> None:
+        granules, by_warp = held
+        self.read_at[granules] = now
+        self.read_at_by_warp[by_warp] = now
+
+    def block_barrier(self, block: int, warps: np.ndarray, now: int, everyone: bool) -> None:
+        """`warps` have met; `everyone` says that these are all that still run."""
+        if not self.check:
+            return
+        self.ordered[np.ix_([block], warps, warps)] = now
+        if everyone:
+            self.ordered[block, : self.warps, : self.warps] = now
+            self.block_synced_at[block] = now
+        self.warp_synced_at[block * (self.warps + 1) + warps] = now
+
+    def warp_barrier(self, warps: np.ndarray, now: int) -> None:
+        """pre: warps counts through all blocks: block * self.warps + warp."""
+        if self.check:
+            self.warp_synced_at[warps // self.warps * (self.warps + 1) + warps % self.warps] = now
+
+    def clock(self, block: int, warp: int, now: int) -> np.ndarray:
+        """What is ordered before the next step of a warp: what it releases when it arrives at an mbarrier."""
+        clock = self.ordered[block, warp].copy()
+        clock[warp] = now
+        return clock
+
+    def acquire(self, block: int, warp: int, clock: np.ndarray) -> None:
+        self.ordered[block, warp] = np.maximum(self.ordered[block, warp], clock)
+
+    def _granules(self, lanes: np.ndarray, offsets: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+        granules = offsets >> self.shift
+        count = size >> self.shift
+        if count > 1:
+            granules = (granules[:, None] + np.arange(count)).ravel()
+            lanes = np.repeat(lanes, count)
+        return granules, lanes
+
+    def _warp(self, lanes: np.ndarray) -> np.ndarray:
+        return lanes % self.lanes_per_block >> 5
+
+    def _address(self, granule: int) -> int:
+        return int(granule << self.shift) % self.stride
+
+    def _check_writes(
+        self,
+        granules: np.ndarray,
+        lanes: np.ndarray,
+        written_at: np.ndarray,
+        block: np.ndarray,
+        ins: Instruction,
+        what: str,
+    ) -> None:
+        """The accesses of `lanes` against the last write of each granule."""
+        writer = self.written_by[granules]
+        warp = self._warp(lanes)
+        writer_warp = np.where(writer < 0, self.warps, self._warp(writer))
+        pending = written_at == PENDING
+        between_warps = ~pending & (warp != writer_warp) & (written_at > self.ordered[block, warp, writer_warp])
+        synced_at = self.warp_synced_at[block * (self.warps + 1) + warp]
+        within_warp = ~pending & (warp == writer_warp) & (lanes != writer) & (written_at > synced_at)
+        for bad, why in (
+            (pending, "asynchronous copy still in flight"),
+            (between_warps, "no barrier between warps"),
+            (within_warp, "no __syncwarp between lanes of a warp"),
+        ):
+            if bad.any():
+                k = np.argmax(bad)
+                self.report(f"{what}: {why}", ins, lanes[k], self._address(granules[k]), writer[k])
+
+    def _check_before_write(
+        self, lanes: np.ndarray, offsets: np.ndarray, size: int, ins: Instruction
+    ) -> tuple[np.ndarray, np.ndarray]:
+        granules, lanes = self._granules(lanes, offsets, size)
+        block = lanes // self.lanes_per_block
+        synced_at = self.block_synced_at[block]
+        written_at = self.written_at[granules]
+        recent = written_at > synced_at
+        if recent.any():
+            self._check_writes(
+                granules[recent], lanes[recent], written_at[recent], block[recent], ins, "write after write"
+            )
+        recent = self.read_at[granules] > synced_at
+        if recent.any():
+            self._check_reads(granules[recent], lanes[recent], block[recent], ins)
+        return granules, lanes
+
+    def _check_reads(self, granules: np.ndarray, lanes: np.ndarray, block: np.ndarray, ins: Instruction) -> None:
+        """The writes of `lanes` against the last reads of each granule."""
+        warp = self._warp(lanes)
+        for reader_warp in range(self.warps):
+            read_at = self.read_at_by_warp[reader_warp * self.granules + granules]
+            held = read_at == PENDING
+            bad = ((warp != reader_warp) | held) & (read_at > self.ordered[block, warp, reader_warp])
+            if bad.any():
+                k = np.argmax(bad)
+                why = "asynchronous operation still reads" if held[k] else "no barrier between warps"
+                self.report(f"write after read: {why}", ins, lanes[k], self._address(granules[k]), reader_warp * 32)
+        reader = self.read_by[granules]
+        synced_at = self.warp_synced_at[block * (self.warps + 1) + warp]
+        bad = (self._warp(reader) == warp) & (reader != lanes) & (self.read_at[granules] > synced_at)
+        if bad.any():
+            k = np.argmax(bad)
+            why = "no __syncwarp between lanes of a warp"
+            self.report(f"write after read: {why}", ins, lanes[k], self._address(granules[k]), reader[k])
