@@ -10,6 +10,7 @@ the standard error output; the reply says which CUDA error it is. The end of the
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import re
@@ -168,7 +169,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         main()
-    except KeyboardInterrupt:
-        pass

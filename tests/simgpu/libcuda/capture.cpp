@@ -2,7 +2,6 @@
 #include "capture.hpp"
 
 #include <algorithm>
-#include <functional>
 #include <queue>
 
 #include "entry.hpp"
@@ -22,6 +21,16 @@ std::vector<std::shared_ptr<Capture>>& captures() {
 }
 
 void require_valid(const Capture& capture) { require(!capture.invalidated, Result::stream_capture_invalidated); }
+
+// The capture of a blocking stream, if the stream is the legacy one, which would wait for it.
+Capture* captured_beside(const StreamOfDriver& stream) {
+  if (stream.kind != StreamKind::legacy) return nullptr;
+  for (const auto& other : scheduler().streams) {
+    const bool ordered = other->context == stream.context && other->kind == StreamKind::blocking;
+    if (ordered && other->capture != nullptr) return other->capture.get();
+  }
+  return nullptr;
+}
 
 // Ends the capture: its streams are ordinary again.
 void end(const std::shared_ptr<Capture>& capture) {
@@ -119,12 +128,7 @@ void forbid_wait(const EventOfDriver& event) {
 }
 
 void forbid_implicit_dependency(const StreamOfDriver& stream) {
-  if (stream.kind != StreamKind::legacy) return;
-  for (const auto& other : scheduler().streams) {
-    if (other->context == stream.context && other->kind == StreamKind::blocking && other->capture != nullptr) {
-      invalidate(*other->capture, kCaptureImplicit);
-    }
-  }
+  if (Capture* const capture = captured_beside(stream)) invalidate(*capture, kCaptureImplicit);
 }
 
 void forbid_while_capturing() {
@@ -150,7 +154,7 @@ Result cuStreamIsCapturing(StreamHandle handle, CaptureStatus* status) {
   return entry_in_context([&](ContextOfDriver& context) {
     const auto stream = stream_of(handle, context);
     const std::lock_guard lock(scheduler().mutex);
-    forbid_implicit_dependency(*stream);
+    require(captured_beside(*stream) == nullptr, kCaptureImplicit);  // a question: it invalidates nothing
     *status = stream->capture == nullptr     ? CaptureStatus::none
               : stream->capture->invalidated ? CaptureStatus::invalidated
                                              : CaptureStatus::active;

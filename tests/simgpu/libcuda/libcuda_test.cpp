@@ -249,7 +249,7 @@ TEST_F(SimulatedGpu, OutOfBoundsIsReportedWithItsPlace) {
   EXPECT_EQ(axpy(kernel, 1.f, x, y, n), Result::illegal_address) << "the error stays";
   const std::string text = report();
   for (const char* part : {"axpy", "out-of-bounds global read of 4 bytes", "block (1,0,0) thread (0,0,0)",
-                           "PTX line 27", "axpy.cu:9", "1 bytes before it"}) {
+                           "PTX line 26", "axpy.cu:9", "1 bytes before it"}) {
     EXPECT_NE(text.find(part), std::string::npos) << part << " in\n" << text;
   }
   // The last release ends the context with its error.

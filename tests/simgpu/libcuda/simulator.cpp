@@ -12,6 +12,7 @@
 #include <cerrno>
 #include <condition_variable>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <mutex>
 #include <unordered_set>
@@ -34,8 +35,8 @@ class Process {
  public:
   Process() { start(); }
   ~Process() {
-    close(socket_);
-    waitpid(pid_, nullptr, WNOHANG);
+    close(socket_);  // which ends it
+    if (pid_ > 0) waitpid(pid_, nullptr, 0);
   }
   Process(const Process&) = delete;
   Process& operator=(const Process&) = delete;
@@ -124,6 +125,7 @@ class Process {
                                 : " with status " + std::to_string(WEXITSTATUS(status));
     }
     report("simulator process " + std::to_string(pid_) + " ended" + how);
+    pid_ = -1;
     fail(Result::launch_failed);
   }
 
