@@ -90,7 +90,7 @@ void DeviceMemory::map(DevicePtr pointer, size_t bytes, std::shared_ptr<Physical
     physical->shadow = {};
   }
   physical->mapped = true;
-  mappings_.emplace(pointer, Mapping{bytes, std::move(physical)});
+  mappings_.emplace(pointer, Mapping{bytes, std::move(physical), false});
 }
 
 std::pair<DeviceMemory::Mappings::iterator, DeviceMemory::Mappings::iterator> DeviceMemory::exact(DevicePtr pointer,
@@ -130,19 +130,25 @@ void DeviceMemory::unmap(DevicePtr pointer, size_t bytes) {
 
 void DeviceMemory::set_access(DevicePtr pointer, size_t bytes, bool accessible_) {
   const std::lock_guard lock(mutex_);
-  exact(pointer, bytes);
+  const auto [first, last] = exact(pointer, bytes);
+  for (auto mapping = first; mapping != last; ++mapping) mapping->second.accessible = accessible_;
   unsigned char* bytes_shadow = shadow(pointer);
   const unsigned char set = accessible_ ? kAllocated : 0;
-  for (size_t i = 0; i < bytes; ++i) bytes_shadow[i] = (bytes_shadow[i] & kInitialised) | set;
+  for (size_t i = 0; i < bytes; ++i)
+    bytes_shadow[i] = static_cast<unsigned char>((bytes_shadow[i] & kInitialised) | set);
+}
+
+DeviceMemory::Mappings::const_iterator DeviceMemory::holding(DevicePtr pointer) const {
+  auto found = mappings_.upper_bound(pointer);
+  if (found == mappings_.begin()) return mappings_.end();
+  --found;
+  return pointer < found->first + found->second.bytes ? found : mappings_.end();
 }
 
 std::pair<DevicePtr, size_t> DeviceMemory::mapping_of(DevicePtr pointer) const {
   const std::lock_guard lock(mutex_);
-  auto found = mappings_.upper_bound(pointer);
-  if (found == mappings_.begin()) return {0, 0};
-  --found;
-  if (pointer >= found->first + found->second.bytes) return {0, 0};
-  return {found->first, found->second.bytes};
+  const auto found = holding(pointer);
+  return found == mappings_.end() ? std::pair<DevicePtr, size_t>{} : std::pair{found->first, found->second.bytes};
 }
 
 std::vector<DevicePtr> DeviceMemory::allocate_variables(
@@ -159,6 +165,10 @@ std::vector<DevicePtr> DeviceMemory::allocate_variables(
   auto physical = std::make_shared<Physical>(*this, bytes);
   const DevicePtr first = reserve(bytes, kGranularity);
   map(first, bytes, std::move(physical));
+  {
+    const std::lock_guard lock(mutex_);
+    mappings_.at(first).accessible = true;
+  }
   std::vector<DevicePtr> pointers;
   for (size_t i = 0; i < offsets.size(); ++i) {
     pointers.push_back(first + offsets[i]);
@@ -174,13 +184,13 @@ void DeviceMemory::deallocate_variables(DevicePtr first) {
 }
 
 bool DeviceMemory::accessible(DevicePtr pointer, size_t bytes) const {
-  if (pointer < base_ || bytes > kWindowBytes || pointer - base_ > kWindowBytes - bytes) return false;
-  const unsigned char* const bytes_shadow = shadow(pointer);
-  constexpr size_t kChunk = 4096;
-  for (size_t begin = 0; begin < bytes; begin += kChunk) {
-    unsigned char all = kAllocated;
-    for (size_t i = begin; i < std::min(begin + kChunk, bytes); ++i) all &= bytes_shadow[i];
-    if (all == 0) return false;
+  const std::lock_guard lock(mutex_);
+  size_t left = bytes;
+  for (auto mapping = holding(pointer); left > 0; mapping = holding(pointer)) {
+    if (mapping == mappings_.end() || !mapping->second.accessible) return false;
+    const size_t here = std::min(left, mapping->first + mapping->second.bytes - pointer);
+    pointer += here;
+    left -= here;
   }
   return true;
 }

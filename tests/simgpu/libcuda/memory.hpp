@@ -61,10 +61,11 @@ class DeviceMemory {
   // The mapping that holds an address, as (begin, bytes); bytes is 0 if there is none.
   std::pair<DevicePtr, size_t> mapping_of(DevicePtr pointer) const;
 
-  // Variables of a module: `sizes` bytes each in one allocation of their own, of which only they are accessible.
+  // Variables of a module, in one allocation of their own, of which only they are accessible to kernels.
   std::vector<DevicePtr> allocate_variables(const std::vector<std::pair<size_t, size_t>>& sizes_and_alignments);
   void deallocate_variables(DevicePtr first);
 
+  // By mappings, since shadow bytes belong to the work in progress.
   bool accessible(DevicePtr pointer, size_t bytes) const;
   unsigned char* contents(DevicePtr pointer) const { return contents_ + (pointer - base_); }
   unsigned char* shadow(DevicePtr pointer) const { return contents_ + kWindowBytes + (pointer - base_); }
@@ -74,9 +75,12 @@ class DeviceMemory {
   struct Mapping {
     size_t bytes;
     std::shared_ptr<Physical> physical;
+    bool accessible = false;
   };
   using Mappings = std::map<DevicePtr, Mapping>;
 
+  // The mapping that holds an address, or the end. pre: locked
+  Mappings::const_iterator holding(DevicePtr pointer) const;
   // The mappings that fill [pointer, pointer + bytes) exactly, as a range; fails if there are none such.
   std::pair<Mappings::iterator, Mappings::iterator> exact(DevicePtr pointer, size_t bytes);
 
