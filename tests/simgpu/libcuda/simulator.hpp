@@ -1,7 +1,7 @@
 // The processes that run kernels: python3 server.py, started when they are first needed, at most SIMGPU_PROCESSES.
 //
 // A process has one Unix socket to this one and serves one request at a time, so kernels of several streams run at the
-// same time in several processes. Little-endian protocol:
+// same time in several processes. Their atomic operations are atomic within a kernel only. Little-endian protocol:
 //
 //   request   u32 kind, u32 bytes, body      load:   u64 module, PTX text
 //                                            launch: u64 module, u32 device, u32 grid[3], u32 block[3],
