@@ -106,7 +106,7 @@ class Server:
         return SUCCESS, describe(program)
 
     def launch(self, request: bytes) -> tuple[int, str]:
-        layout = struct.Struct("<QI3I3III")
+        layout = struct.Struct("<QI3I3I3I")
         module, ordinal, *shape, shared, variables, name_bytes = layout.unpack_from(request)
         grid, block = tuple(shape[:3]), tuple(shape[3:])
         at = layout.size

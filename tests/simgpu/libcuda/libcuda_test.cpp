@@ -559,7 +559,9 @@ TEST_F(SimulatedGpu, AdversarialReplayShowsAMissingEdge) {
     NG_OK(cuda->cuStreamWaitEvent(side, fork, 0));
     NG_OK(cuda->cuMemsetD8Async(device, 5, 1, main));
     NG_OK(cuda->cuEventRecord(written, main));
-    if (edge) NG_OK(cuda->cuStreamWaitEvent(side, written, 0));
+    if (edge) {
+      NG_OK(cuda->cuStreamWaitEvent(side, written, 0));
+    }
     NG_OK(cuda->cuMemcpyDtoHAsync_v2(host, device, 1, side));
     NG_OK(cuda->cuEventRecord(join, side));
     NG_OK(cuda->cuStreamWaitEvent(main, join, 0));
