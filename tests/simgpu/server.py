@@ -11,6 +11,7 @@ the standard error output; the reply says which CUDA error it is. The end of the
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 import os
 import re
@@ -21,79 +22,68 @@ import traceback
 
 import numpy as np
 import simgpu
-import simgpu.machine
 import simgpu.memory
+from simgpu.layout import Layout
 
 SOCKET, FIRST_MEMORY = 3, 4
 SUCCESS, INVALID_PTX, ILLEGAL_ADDRESS, LAUNCH_TIMEOUT, MISALIGNED, LAUNCH_FAILED = 0, 218, 700, 702, 716, 719
 LOAD, LAUNCH = 1, 2
 
 
-class WindowMemory(simgpu.memory.GlobalMemory):
-    """Global memory that another process owns: it allocates, and the shadow bytes say what."""
+class WindowDevice(simgpu.Device):
+    """A device whose memory belongs to another process: that one allocates, and the flags say what."""
 
     def __init__(self, file: int, window: int, base: int) -> None:
         shared = np.frombuffer(mmap.mmap(file, 2 * window), np.uint8)
         self.base = base
         self.bytes, self.flags = shared[:window], shared[window:]
-        self.views = {n: self.bytes.view(f"u{n}") for n in (1, 2, 4, 8)}
+        self.views = {size: self.bytes.view(f"u{size}") for size in (1, 2, 4, 8)}
         self.buffers = []
         self.top = window
 
-    def where(self, addr: int) -> str:
-        """Found by the shadow bytes near the address."""
-        reach, off = 4 << 20, int(addr) - self.base
-        if not 0 <= off < self.bytes.size:
-            return f"device memory starts at {self.base:#x}"
-        start = max(0, off - reach)
-        allocated = start + np.flatnonzero(self.flags[start : off + reach] & simgpu.memory.ALLOC)
-        if allocated.size == 0:
-            return "no memory is mapped near it"
-        nearest = int(allocated[np.abs(allocated - off).argmin()])
-        side = "before" if nearest < off else "after"
-        return f"the nearest mapped byte is {self.base + nearest:#x}, {abs(off - nearest)} bytes {side} it"
-
-
-class Device:
-    def __init__(self, memory: WindowMemory) -> None:
-        self.mem = memory
-
     def select(self) -> None:
-        """The simulator knows one base address; each device has its own."""
-        for module in (simgpu, simgpu.machine, simgpu.memory):
-            module.GLOBAL_BASE = self.mem.base
+        """The simulator knows one base address, each device has its own."""
+        for name, module in sys.modules.items():
+            if name.startswith("simgpu.") and hasattr(module, "GLOBAL_BASE"):
+                module.GLOBAL_BASE = self.base
+
+    def where(self, address: int) -> str:
+        """Found by the flags near the address."""
+        reach, offset = 4 << 20, int(address) - self.base
+        if not 0 <= offset < self.bytes.size:
+            return f"the device's memory starts at {self.base:#x}"
+        start = max(0, offset - reach)
+        mapped = start + np.flatnonzero(self.flags[start : offset + reach] & simgpu.memory.ALLOCATED)
+        if mapped.size == 0:
+            return "no memory is mapped near it"
+        nearest = int(mapped[np.abs(mapped - offset).argmin()])
+        side = "before" if nearest < offset else "after"
+        return f"the nearest mapped byte is {self.base + nearest:#x}, {abs(offset - nearest)} bytes {side} it"
 
 
-def global_variables(program: simgpu.Program) -> list:
-    every = program.module.vars + [v for kernel in program.kernels.values() for v in kernel.vars]
+def device_variables(program: simgpu.Program) -> list:
+    every = program.module.variables + [v for kernel in program.kernels.values() for v in kernel.variables]
     return [v for v in every if v.space in ("global", "const") and v.size]
 
 
 def describe(program: simgpu.Program) -> str:
     """A module in lines of words: its PTX version, its kernels, its variables."""
     lines = [f"version {program.module.version.replace('.', '')}"]
-    module_shared = [v for v in program.module.vars if v.space == "shared"]
+    addresses = {v.name: 0 for v in device_variables(program)}
     for kernel in program.kernels.values():
-        words = {word for instruction in kernel.code for word in re.findall(r"[\w$]+", instruction.text)}
-        shared = local = 0
-        for v in module_shared + kernel.vars:
-            if v.space == "shared" and not v.extern and v.name in words:
-                shared = -(-shared // v.align) * v.align + v.size
-            if v.space == "local":
-                local = -(-local // v.align) * v.align + v.size
+        layout = Layout.of(program.module, kernel, addresses, 0)
         bound = kernel.directives.get("maxntid") or kernel.directives.get("reqntid") or "1024"
-        threads = int(np.prod([int(n) for n in bound.split(",")]))
-        places = " ".join(f"{p.offset} {p.size}" for p in kernel.params)
-        lines.append(f"kernel {kernel.name} {shared} {local} {threads} {places}")
-    for v in global_variables(program):
-        contents = (v.init or bytes(v.size)).hex()
-        lines.append(f"variable {v.name} {v.space} {max(16, v.align)} {v.size} {contents}")
+        threads = math.prod(int(size) for size in bound.split(","))
+        places = " ".join(f"{param.offset} {param.size}" for param in kernel.params)
+        lines.append(f"kernel {kernel.name} {layout.shared_bytes} {layout.local_bytes} {threads} {places}")
+    for v in device_variables(program):
+        lines.append(f"variable {v.name} {v.space} {max(16, v.align)} {v.size} {(v.initial or bytes(v.size)).hex()}")
     return "\n".join(lines)
 
 
 class Server:
     def __init__(self, window: int, bases: list[int]) -> None:
-        self.devices = [Device(WindowMemory(FIRST_MEMORY + d, window, base)) for d, base in enumerate(bases)]
+        self.devices = [WindowDevice(FIRST_MEMORY + d, window, base) for d, base in enumerate(bases)]
         self.programs: dict[int, simgpu.Program] = {}
 
     def load(self, request: bytes) -> tuple[int, str]:
@@ -116,14 +106,13 @@ class Server:
         parameters = request[at + name_bytes :]
         program, device = self.programs[module], self.devices[ordinal]
         device.select()
-        program._globals[id(device)] = {
-            v.name: simgpu.memory.Buffer(device.mem, address - device.mem.base, v.size, np.uint8, (v.size,))
-            for v, address in zip(global_variables(program), addresses, strict=True)
-        }
+        # The library has allocated the variables already.
+        names = (variable.name for variable in device_variables(program))
+        program._globals[device] = dict(zip(names, addresses, strict=True))
         arguments = [parameters[p.offset : p.offset + p.size] for p in program.kernels[name].params]
         try:
             program.launch(name, grid, block, arguments, device, shared=shared).clean()
-        except simgpu.PtxError as error:
+        except (simgpu.SimError, simgpu.PtxError) as error:
             report(f"{name} with grid {grid}, block {block}, {shared} bytes of dynamic shared memory:\n{error}")
             return classify(str(error)), ""
         except Exception:  # a fault of the simulator is told like one of the kernel
