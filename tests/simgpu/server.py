@@ -41,12 +41,6 @@ class WindowDevice(simgpu.Device):
         self.buffers = []
         self.top = window
 
-    def select(self) -> None:
-        """The simulator knows one base address, each device has its own."""
-        for name, module in sys.modules.items():
-            if name.startswith("simgpu.") and hasattr(module, "GLOBAL_BASE"):
-                module.GLOBAL_BASE = self.base
-
     def where(self, address: int) -> str:
         """Found by the flags near the address."""
         reach, offset = 4 << 20, int(address) - self.base
@@ -61,22 +55,17 @@ class WindowDevice(simgpu.Device):
         return f"the nearest mapped byte is {self.base + nearest:#x}, {abs(offset - nearest)} bytes {side} it"
 
 
-def device_variables(program: simgpu.Program) -> list:
-    every = program.module.variables + [v for kernel in program.kernels.values() for v in kernel.variables]
-    return [v for v in every if v.space in ("global", "const") and v.size]
-
-
 def describe(program: simgpu.Program) -> str:
     """A module in lines of words: its PTX version, its kernels, its variables."""
     lines = [f"version {program.module.version.replace('.', '')}"]
-    addresses = {v.name: 0 for v in device_variables(program)}
+    addresses = {v.name: 0 for v in program.variables}
     for kernel in program.kernels.values():
         layout = Layout.of(program.module, kernel, addresses, 0)
         bound = kernel.directives.get("maxntid") or kernel.directives.get("reqntid") or "1024"
         threads = math.prod(int(size) for size in bound.split(","))
         places = " ".join(f"{param.offset} {param.size}" for param in kernel.params)
         lines.append(f"kernel {kernel.name} {layout.shared_bytes} {layout.local_bytes} {threads} {places}")
-    for v in device_variables(program):
+    for v in program.variables:
         lines.append(f"variable {v.name} {v.space} {max(16, v.align)} {v.size} {(v.initial or bytes(v.size)).hex()}")
     return "\n".join(lines)
 
@@ -105,10 +94,8 @@ class Server:
         name = request[at : at + name_bytes].decode()
         parameters = request[at + name_bytes :]
         program, device = self.programs[module], self.devices[ordinal]
-        device.select()
-        # The library has allocated the variables already.
-        names = (variable.name for variable in device_variables(program))
-        program._globals[device] = dict(zip(names, addresses, strict=True))
+        names = (variable.name for variable in program.variables)
+        program.place_variables(device, dict(zip(names, addresses, strict=True)))
         arguments = [parameters[p.offset : p.offset + p.size] for p in program.kernels[name].params]
         try:
             program.launch(name, grid, block, arguments, device, shared=shared).clean()
