@@ -50,7 +50,8 @@ int cuda_device_count() {
 CudaDevice cuda_device(int index) {
   const cuda::Driver& driver = cuda::require_driver();
   const int count = cuda_device_count();
-  NG_CHECK(index >= 0 && index < count, InvalidArgument, "there is no device cuda:", index, ": the driver shows ", count);
+  NG_CHECK(index >= 0 && index < count, InvalidArgument, "there is no device cuda:", index, ": the driver shows ",
+           count);
   cuda::DeviceId device = 0;
   NG_CUDA(driver, cuDeviceGet(&device, index));
   std::array<char, 256> name{};
@@ -65,7 +66,8 @@ CudaDevice cuda_device(int index) {
   using Attribute = cuda::DeviceAttribute;
   return {
       .name = name.data(),
-      .capability = 10 * attribute(Attribute::compute_capability_major) + attribute(Attribute::compute_capability_minor),
+      .capability =
+          10 * attribute(Attribute::compute_capability_major) + attribute(Attribute::compute_capability_minor),
       .multiprocessors = attribute(Attribute::multiprocessor_count),
       .memory_bytes = memory,
       .l2_bytes = static_cast<uint64_t>(attribute(Attribute::l2_cache_bytes)),

@@ -1,5 +1,5 @@
-// The driver as the rest of cuda/ calls it: the table of its functions, or an error that says why there is none, and the
-// translation of its result codes into ng's errors.
+// The driver as the rest of cuda/ calls it: the table of its functions, or an error that says why there is none, and
+// the translation of its result codes into ng's errors.
 #pragma once
 
 #include "core/shim/cuda.hpp"
@@ -11,8 +11,8 @@ namespace ng::cuda {
 // driver does not work there.
 const Driver& require_driver();
 
-// Throws unless `result` is success: OutOfMemory for that, else CudaError with `what`, the driver's name of the error and
-// its description.
+// Throws unless `result` is success: OutOfMemory for that, else CudaError with `what`, the driver's name of the error
+// and its description.
 void check(Result result, const char* what);
 
 }  // namespace ng::cuda

@@ -2,7 +2,8 @@
 
 >>> ng.cuda.is_available(), ng.cuda.why_unavailable()
 
-The driver's library is looked for when one of these is first called. Nothing here raises for want of a GPU but device().
+The driver's library is looked for when one of these is first called. For want of a GPU only device() and
+driver_version() raise.
 """
 
 from __future__ import annotations

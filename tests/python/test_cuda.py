@@ -6,9 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import narrowgauge as ng
+import pytest
 
 
 def test_without_a_driver_a_reason_is_given() -> None:

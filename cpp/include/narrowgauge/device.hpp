@@ -1,11 +1,11 @@
-// Devices: the CPU that the process runs on, its features, and the instruction set whose kernels are used; and the NVIDIA
-// GPUs, if there are any.
+// Devices: the CPU that the process runs on, its features, and the instruction set whose kernels are used; and the
+// NVIDIA GPUs, if there are any.
 //
 // Each room keeps one table of functions per instruction set; the choice is made once, by CPUID, and can be
 // asked, printed and forced: NARROWGAUGE_ISA=portable|avx2|avx512 forces a lower one for the whole process.
 //
-// GPUs are reached through the driver's library, libcuda.so.1, which is looked for when they are first asked for: nothing
-// is linked, and a process that never asks never loads it.
+// GPUs are reached through the driver's library, libcuda.so.1, which is looked for when they are first asked for:
+// nothing is linked, and a process that never asks never loads it.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,5 @@
-// Our declarations of the driver API beside the toolkit's, where that is installed; and what is said where no driver is.
+// Our declarations of the driver API beside the toolkit's, where that is installed; and what is said where no driver
+// is.
 #include "core/shim/cuda.hpp"
 
 #include <gtest/gtest.h>
@@ -76,8 +77,7 @@ static_assert(same_value(Result::captured_event, CUDA_ERROR_CAPTURED_EVENT));
 static_assert(same_value(Result::unknown, CUDA_ERROR_UNKNOWN));
 
 static_assert(same_value(DeviceAttribute::warp_size, CU_DEVICE_ATTRIBUTE_WARP_SIZE));
-static_assert(
-    same_value(DeviceAttribute::max_registers_per_block, CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_BLOCK));
+static_assert(same_value(DeviceAttribute::max_registers_per_block, CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_BLOCK));
 static_assert(same_value(DeviceAttribute::clock_rate_khz, CU_DEVICE_ATTRIBUTE_CLOCK_RATE));
 static_assert(same_value(DeviceAttribute::multiprocessor_count, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT));
 static_assert(same_value(DeviceAttribute::memory_clock_rate_khz, CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE));
@@ -86,10 +86,8 @@ static_assert(same_value(DeviceAttribute::l2_cache_bytes, CU_DEVICE_ATTRIBUTE_L2
 static_assert(same_value(DeviceAttribute::max_threads_per_multiprocessor,
                          CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR));
 static_assert(same_value(DeviceAttribute::unified_addressing, CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING));
-static_assert(
-    same_value(DeviceAttribute::compute_capability_major, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR));
-static_assert(
-    same_value(DeviceAttribute::compute_capability_minor, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR));
+static_assert(same_value(DeviceAttribute::compute_capability_major, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR));
+static_assert(same_value(DeviceAttribute::compute_capability_minor, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR));
 static_assert(same_value(DeviceAttribute::max_shared_bytes_per_multiprocessor,
                          CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR));
 static_assert(same_value(DeviceAttribute::max_shared_bytes_per_block_optin,
@@ -112,8 +110,7 @@ static_assert(same_value(FunctionAttribute::local_bytes, CU_FUNC_ATTRIBUTE_LOCAL
 static_assert(same_value(FunctionAttribute::registers, CU_FUNC_ATTRIBUTE_NUM_REGS));
 static_assert(same_value(FunctionAttribute::ptx_version, CU_FUNC_ATTRIBUTE_PTX_VERSION));
 static_assert(same_value(FunctionAttribute::binary_version, CU_FUNC_ATTRIBUTE_BINARY_VERSION));
-static_assert(
-    same_value(FunctionAttribute::max_dynamic_shared_bytes, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES));
+static_assert(same_value(FunctionAttribute::max_dynamic_shared_bytes, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES));
 static_assert(same_value(JitOption::info_log, CU_JIT_INFO_LOG_BUFFER));
 static_assert(same_value(JitOption::info_log_bytes, CU_JIT_INFO_LOG_BUFFER_SIZE_BYTES));
 static_assert(same_value(JitOption::error_log, CU_JIT_ERROR_LOG_BUFFER));

@@ -21,11 +21,11 @@ std::string version_text(int version) { return concat(version / 1000, '.', versi
 std::string load(Driver& table) {
   void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) return concat("no NVIDIA driver was found (", dlerror(), ")");
-#define NG_FIND(name, parameters)                                                                  \
-  table.name = reinterpret_cast<decltype(table.name)>(dlsym(library, #name));                      \
-  if (table.name == nullptr) {                                                                     \
-    return concat("the NVIDIA driver lacks " #name ": it is older than CUDA ",                     \
-                  version_text(kMinimumDriverVersion), ", install a newer one");                   \
+#define NG_FIND(name, parameters)                                                                                   \
+  table.name = reinterpret_cast<decltype(table.name)>(dlsym(library, #name));                                       \
+  if (table.name == nullptr) {                                                                                      \
+    return concat("the NVIDIA driver lacks " #name ": it is older than CUDA ", version_text(kMinimumDriverVersion), \
+                  ", install a newer one");                                                                         \
   }
   NG_CUDA_FUNCTIONS(NG_FIND)
 #undef NG_FIND

@@ -1,5 +1,6 @@
-// The CUDA driver API as this library uses it: our own declarations, and a table that is filled from libcuda.so.1 at run
-// time. Layouts and values are those of CUDA 12.0 and later; a development test compares them with the toolkit's cuda.h.
+// The CUDA driver API as this library uses it: our own declarations, and a table that is filled from libcuda.so.1 at
+// run time. Layouts and values are those of CUDA 12.0 and later; a development test compares them with the toolkit's
+// cuda.h.
 //
 // The functions keep the driver's symbol names, version suffix included, so that a call reads as its documentation does
 // (docs.nvidia.com/cuda/cuda-driver-api). Only they and their types are here: what they mean to this library is
@@ -80,7 +81,13 @@ enum class DeviceAttribute : int {
   virtual_memory_management = 102,
 };
 
-enum class PointerAttribute : int { context = 1, memory_type = 2, device_ordinal = 9, range_begin = 11, range_bytes = 12 };
+enum class PointerAttribute : int {
+  context = 1,
+  memory_type = 2,
+  device_ordinal = 9,
+  range_begin = 11,
+  range_bytes = 12
+};
 enum class MemoryType : unsigned { host = 1, device = 2, array = 3, unified = 4 };
 enum class FunctionAttribute : int {
   max_threads_per_block = 0,
@@ -127,64 +134,64 @@ inline constexpr int kGranularityRecommended = 1;
 // --- the table -----------------------------------------------------------------------------------------------------
 
 // F(name, parameters): every function of the driver that is used.
-#define NG_CUDA_FUNCTIONS(F)                                                                                         \
-  F(cuInit, (unsigned flags))                                                                                        \
-  F(cuDriverGetVersion, (int* version))                                                                              \
-  F(cuGetErrorName, (Result result, const char** name))                                                              \
-  F(cuGetErrorString, (Result result, const char** text))                                                            \
-  F(cuDeviceGetCount, (int* count))                                                                                  \
-  F(cuDeviceGet, (DeviceId * device, int ordinal))                                                                   \
-  F(cuDeviceGetName, (char* name, int size, DeviceId device))                                                        \
-  F(cuDeviceGetAttribute, (int* value, DeviceAttribute attribute, DeviceId device))                                  \
-  F(cuDeviceTotalMem_v2, (size_t* bytes, DeviceId device))                                                           \
-  F(cuDevicePrimaryCtxRetain, (Context * context, DeviceId device))                                                  \
-  F(cuDevicePrimaryCtxRelease_v2, (DeviceId device))                                                                 \
-  F(cuCtxGetCurrent, (Context * context))                                                                            \
-  F(cuCtxPushCurrent_v2, (Context context))                                                                          \
-  F(cuCtxPopCurrent_v2, (Context * context))                                                                         \
-  F(cuCtxSynchronize, ())                                                                                            \
-  F(cuMemGetInfo_v2, (size_t* free, size_t* total))                                                                  \
-  F(cuMemHostAlloc, (void** pointer, size_t bytes, unsigned flags))                                                  \
-  F(cuMemFreeHost, (void* pointer))                                                                                  \
-  F(cuMemcpyAsync, (DevicePtr to, DevicePtr from, size_t bytes, StreamHandle stream))                                \
-  F(cuMemcpyHtoDAsync_v2, (DevicePtr to, const void* from, size_t bytes, StreamHandle stream))                       \
-  F(cuMemcpyDtoHAsync_v2, (void* to, DevicePtr from, size_t bytes, StreamHandle stream))                             \
-  F(cuMemsetD8Async, (DevicePtr to, unsigned char value, size_t count, StreamHandle stream))                         \
-  F(cuPointerGetAttribute, (void* value, PointerAttribute attribute, DevicePtr pointer))                             \
-  F(cuMemAddressReserve, (DevicePtr * pointer, size_t bytes, size_t alignment, DevicePtr hint, unsigned long long))  \
-  F(cuMemAddressFree, (DevicePtr pointer, size_t bytes))                                                             \
-  F(cuMemCreate, (MemoryHandle * handle, size_t bytes, const AllocationProperties* properties, unsigned long long))  \
-  F(cuMemRelease, (MemoryHandle handle))                                                                             \
-  F(cuMemMap, (DevicePtr pointer, size_t bytes, size_t offset, MemoryHandle handle, unsigned long long flags))       \
-  F(cuMemUnmap, (DevicePtr pointer, size_t bytes))                                                                   \
-  F(cuMemSetAccess, (DevicePtr pointer, size_t bytes, const AccessDescriptor* descriptors, size_t count))            \
-  F(cuMemGetAllocationGranularity, (size_t* bytes, const AllocationProperties* properties, int option))              \
-  F(cuStreamCreate, (StreamHandle * stream, unsigned flags))                                                         \
-  F(cuStreamDestroy_v2, (StreamHandle stream))                                                                       \
-  F(cuStreamSynchronize, (StreamHandle stream))                                                                      \
-  F(cuStreamQuery, (StreamHandle stream))                                                                            \
-  F(cuStreamWaitEvent, (StreamHandle stream, EventHandle event, unsigned flags))                                     \
-  F(cuStreamIsCapturing, (StreamHandle stream, CaptureStatus* status))                                               \
-  F(cuStreamBeginCapture_v2, (StreamHandle stream, CaptureMode mode))                                                \
-  F(cuStreamEndCapture, (StreamHandle stream, Graph* graph))                                                         \
-  F(cuEventCreate, (EventHandle * event, unsigned flags))                                                            \
-  F(cuEventDestroy_v2, (EventHandle event))                                                                          \
-  F(cuEventRecord, (EventHandle event, StreamHandle stream))                                                         \
-  F(cuEventSynchronize, (EventHandle event))                                                                         \
-  F(cuEventQuery, (EventHandle event))                                                                               \
-  F(cuModuleLoadDataEx, (Module * module, const void* image, unsigned count, JitOption* options, void** values))     \
-  F(cuModuleUnload, (Module module))                                                                                 \
-  F(cuModuleGetFunction, (Function * function, Module module, const char* name))                                     \
-  F(cuModuleGetGlobal_v2, (DevicePtr * pointer, size_t* bytes, Module module, const char* name))                     \
-  F(cuFuncGetAttribute, (int* value, FunctionAttribute attribute, Function function))                                \
-  F(cuFuncSetAttribute, (Function function, FunctionAttribute attribute, int value))                                 \
-  F(cuLaunchKernel,                                                                                                  \
-    (Function function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,       \
-     unsigned block_z, unsigned shared_bytes, StreamHandle stream, void** parameters, void** extra))                 \
-  F(cuLaunchHostFunc, (StreamHandle stream, void (*function)(void*), void* context))                                 \
-  F(cuGraphInstantiateWithFlags, (GraphExec * executable, Graph graph, unsigned long long flags))                    \
-  F(cuGraphLaunch, (GraphExec executable, StreamHandle stream))                                                      \
-  F(cuGraphExecDestroy, (GraphExec executable))                                                                      \
+#define NG_CUDA_FUNCTIONS(F)                                                                                        \
+  F(cuInit, (unsigned flags))                                                                                       \
+  F(cuDriverGetVersion, (int* version))                                                                             \
+  F(cuGetErrorName, (Result result, const char** name))                                                             \
+  F(cuGetErrorString, (Result result, const char** text))                                                           \
+  F(cuDeviceGetCount, (int* count))                                                                                 \
+  F(cuDeviceGet, (DeviceId * device, int ordinal))                                                                  \
+  F(cuDeviceGetName, (char* name, int size, DeviceId device))                                                       \
+  F(cuDeviceGetAttribute, (int* value, DeviceAttribute attribute, DeviceId device))                                 \
+  F(cuDeviceTotalMem_v2, (size_t* bytes, DeviceId device))                                                          \
+  F(cuDevicePrimaryCtxRetain, (Context * context, DeviceId device))                                                 \
+  F(cuDevicePrimaryCtxRelease_v2, (DeviceId device))                                                                \
+  F(cuCtxGetCurrent, (Context * context))                                                                           \
+  F(cuCtxPushCurrent_v2, (Context context))                                                                         \
+  F(cuCtxPopCurrent_v2, (Context * context))                                                                        \
+  F(cuCtxSynchronize, ())                                                                                           \
+  F(cuMemGetInfo_v2, (size_t* free, size_t* total))                                                                 \
+  F(cuMemHostAlloc, (void** pointer, size_t bytes, unsigned flags))                                                 \
+  F(cuMemFreeHost, (void* pointer))                                                                                 \
+  F(cuMemcpyAsync, (DevicePtr to, DevicePtr from, size_t bytes, StreamHandle stream))                               \
+  F(cuMemcpyHtoDAsync_v2, (DevicePtr to, const void* from, size_t bytes, StreamHandle stream))                      \
+  F(cuMemcpyDtoHAsync_v2, (void* to, DevicePtr from, size_t bytes, StreamHandle stream))                            \
+  F(cuMemsetD8Async, (DevicePtr to, unsigned char value, size_t count, StreamHandle stream))                        \
+  F(cuPointerGetAttribute, (void* value, PointerAttribute attribute, DevicePtr pointer))                            \
+  F(cuMemAddressReserve, (DevicePtr * pointer, size_t bytes, size_t alignment, DevicePtr hint, unsigned long long)) \
+  F(cuMemAddressFree, (DevicePtr pointer, size_t bytes))                                                            \
+  F(cuMemCreate, (MemoryHandle * handle, size_t bytes, const AllocationProperties* properties, unsigned long long)) \
+  F(cuMemRelease, (MemoryHandle handle))                                                                            \
+  F(cuMemMap, (DevicePtr pointer, size_t bytes, size_t offset, MemoryHandle handle, unsigned long long flags))      \
+  F(cuMemUnmap, (DevicePtr pointer, size_t bytes))                                                                  \
+  F(cuMemSetAccess, (DevicePtr pointer, size_t bytes, const AccessDescriptor* descriptors, size_t count))           \
+  F(cuMemGetAllocationGranularity, (size_t* bytes, const AllocationProperties* properties, int option))             \
+  F(cuStreamCreate, (StreamHandle * stream, unsigned flags))                                                        \
+  F(cuStreamDestroy_v2, (StreamHandle stream))                                                                      \
+  F(cuStreamSynchronize, (StreamHandle stream))                                                                     \
+  F(cuStreamQuery, (StreamHandle stream))                                                                           \
+  F(cuStreamWaitEvent, (StreamHandle stream, EventHandle event, unsigned flags))                                    \
+  F(cuStreamIsCapturing, (StreamHandle stream, CaptureStatus * status))                                             \
+  F(cuStreamBeginCapture_v2, (StreamHandle stream, CaptureMode mode))                                               \
+  F(cuStreamEndCapture, (StreamHandle stream, Graph * graph))                                                       \
+  F(cuEventCreate, (EventHandle * event, unsigned flags))                                                           \
+  F(cuEventDestroy_v2, (EventHandle event))                                                                         \
+  F(cuEventRecord, (EventHandle event, StreamHandle stream))                                                        \
+  F(cuEventSynchronize, (EventHandle event))                                                                        \
+  F(cuEventQuery, (EventHandle event))                                                                              \
+  F(cuModuleLoadDataEx, (Module * module, const void* image, unsigned count, JitOption* options, void** values))    \
+  F(cuModuleUnload, (Module module))                                                                                \
+  F(cuModuleGetFunction, (Function * function, Module module, const char* name))                                    \
+  F(cuModuleGetGlobal_v2, (DevicePtr * pointer, size_t* bytes, Module module, const char* name))                    \
+  F(cuFuncGetAttribute, (int* value, FunctionAttribute attribute, Function function))                               \
+  F(cuFuncSetAttribute, (Function function, FunctionAttribute attribute, int value))                                \
+  F(cuLaunchKernel,                                                                                                 \
+    (Function function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,      \
+     unsigned block_z, unsigned shared_bytes, StreamHandle stream, void** parameters, void** extra))                \
+  F(cuLaunchHostFunc, (StreamHandle stream, void (*function)(void*), void* context))                                \
+  F(cuGraphInstantiateWithFlags, (GraphExec * executable, Graph graph, unsigned long long flags))                   \
+  F(cuGraphLaunch, (GraphExec executable, StreamHandle stream))                                                     \
+  F(cuGraphExecDestroy, (GraphExec executable))                                                                     \
   F(cuGraphDestroy, (Graph graph))
 
 struct Driver {
