@@ -195,7 +195,7 @@ inline constexpr int kGranularityRecommended = 1;
   F(cuGraphDestroy, (Graph graph))
 
 struct Driver {
-#define NG_DECLARE(name, parameters) Result(*name) parameters = nullptr;
+#define NG_DECLARE(name, parameters) Result(*name) parameters = nullptr;  // NOLINT(bugprone-macro-parentheses)
   NG_CUDA_FUNCTIONS(NG_DECLARE)
 #undef NG_DECLARE
 };
