@@ -121,20 +121,34 @@ def check_global(
     return offsets
 
 
-def check_shared(
-    m: Machine, ins: Instruction, lanes: np.ndarray, addresses: np.ndarray, size: int, what: str
-) -> np.ndarray:
-    """The offsets in the batch's shared memory."""
-    bad = (addresses < 0) | (addresses + size > m.layout.shared_bytes)
+def _check_own(
+    m: Machine,
+    ins: Instruction,
+    lanes: np.ndarray,
+    addresses: np.ndarray,
+    size: int,
+    what: str,
+    limit: int,
+    owner: str,
+) -> None:
+    """Whether addresses are aligned and within the `limit` bytes of memory that `owner` has."""
+    bad = (addresses < 0) | (addresses + size > limit)
     if bad.any():
         k = np.argmax(bad)
         m.fail(
             ins,
-            f"out-of-bounds shared {what} of {size} bytes at {addresses[k]:#x} "
-            f"(the block has {m.layout.shared_bytes} bytes; {int(bad.sum())} lanes)",
+            f"out-of-bounds {what} of {size} bytes at {addresses[k]:#x} "
+            f"({owner} has {limit} bytes; {int(bad.sum())} lanes)",
             lanes[k],
         )
-    _check_alignment(m, ins, lanes, addresses, size, f"shared {what}")
+    _check_alignment(m, ins, lanes, addresses, size, what)
+
+
+def check_shared(
+    m: Machine, ins: Instruction, lanes: np.ndarray, addresses: np.ndarray, size: int, what: str
+) -> np.ndarray:
+    """The offsets in the batch's shared memory."""
+    _check_own(m, ins, lanes, addresses, size, f"shared {what}", m.layout.shared_bytes, "the block")
     return addresses + m.block_of[lanes] * m.shared.stride
 
 
@@ -142,16 +156,7 @@ def check_local(
     m: Machine, ins: Instruction, lanes: np.ndarray, addresses: np.ndarray, size: int, what: str
 ) -> np.ndarray:
     """The offsets in the batch's local memory."""
-    bad = (addresses < 0) | (addresses + size > m.layout.local_bytes)
-    if bad.any():
-        k = np.argmax(bad)
-        m.fail(
-            ins,
-            f"out-of-bounds local {what} of {size} bytes at {addresses[k]:#x} "
-            f"(a thread has {m.layout.local_bytes} bytes; {int(bad.sum())} lanes)",
-            lanes[k],
-        )
-    _check_alignment(m, ins, lanes, addresses, size, f"local {what}")
+    _check_own(m, ins, lanes, addresses, size, f"local {what}", m.layout.local_bytes, "a thread")
     return addresses + lanes * m.layout.local_bytes
 
 

@@ -14,17 +14,9 @@ from .. import access
 from ..machine import DTYPE, UNSIGNED, Machine
 from ..ptx import WIDTH, Imm, Instruction, Operand, bits_type, choice, data_type, items, state_space
 from ..steps import ALL, Lanes, Operation, Writer
-from .common import FLOAT16, Function, float16_codec
+from .common import FLOAT16, REDUCTIONS, Function, float16_codec
 
 _ATOMICS = ("add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec")
-_NUMPY_ATOMICS = {
-    "add": np.add,
-    "min": np.minimum,
-    "max": np.maximum,
-    "and": np.bitwise_and,
-    "or": np.bitwise_or,
-    "xor": np.bitwise_xor,
-}
 
 
 def _combination(op: str, type_name: str) -> Function:
@@ -40,7 +32,7 @@ def _combination(op: str, type_name: str) -> Function:
     if op == "dec":
         return lambda old, b, c: np.where((old == 0) | (old > b), b, old - one)
     if type_name in FLOAT16:
-        function = _NUMPY_ATOMICS[op]
+        function = REDUCTIONS[op]
         decode, encode = float16_codec(type_name)
 
         def combine(old: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
@@ -48,7 +40,7 @@ def _combination(op: str, type_name: str) -> Function:
             return encode(function(*halves)).view(unsigned)
 
         return combine
-    function = _NUMPY_ATOMICS[op]
+    function = REDUCTIONS[op]
     return lambda old, b, c: function(old.view(dtype), b.view(dtype)).view(unsigned)
 
 

@@ -14,6 +14,14 @@ from ..steps import Lanes, Operation, Reader, Writer
 Function = Callable[..., np.ndarray]
 
 FLOAT16 = ("f16", "bf16", "f16x2", "bf16x2")
+REDUCTIONS = {
+    "add": np.add,
+    "min": np.minimum,
+    "max": np.maximum,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+}
 
 
 def is_float(type_name: str) -> bool:

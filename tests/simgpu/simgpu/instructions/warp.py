@@ -11,7 +11,7 @@ import numpy as np
 from ..machine import UNSIGNED, Machine
 from ..ptx import WIDTH, Instruction, Pair, Reg, bits_type, choice, data_type
 from ..steps import ALL, Lanes, Operation, Reader, WarpSync
-from .common import target
+from .common import REDUCTIONS, target
 
 _FIVE_BITS = np.uint32(31)
 
@@ -121,19 +121,9 @@ def _match(m: Machine, ins: Instruction) -> WarpSync:
     return WarpSync(execute, _members(m, ins))
 
 
-_REDUCTIONS = {
-    "add": np.add,
-    "min": np.minimum,
-    "max": np.maximum,
-    "and": np.bitwise_and,
-    "or": np.bitwise_or,
-    "xor": np.bitwise_xor,
-}
-
-
 def _redux(m: Machine, ins: Instruction) -> WarpSync:
     type_name = data_type(ins)
-    function = _REDUCTIONS[choice(ins, _REDUCTIONS)]
+    function = REDUCTIONS[choice(ins, REDUCTIONS)]
     read, write = m.read(ins.args[1], type_name), target(m, ins, type_name)
 
     def execute(i: Lanes, takes_part: np.ndarray) -> None:
