@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-_libc = ctypes.CDLL(None, use_errno=True)
 FIO_BUFFERS = 300 << 20  # bytes, of the deepest queue of the largest blocks by all jobs, and fio's own alignment
 
+_libc = ctypes.CDLL(None, use_errno=True)
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 
 

@@ -42,7 +42,8 @@ std::vector<std::string> cpu_features();
 // Why no GPU can be used, in a sentence for users; empty if one can.
 std::string why_no_cuda();
 
-// GPUs that the driver shows (CUDA_VISIBLE_DEVICES chooses); 0 where there is none.
+// GPUs that the driver shows (CUDA_VISIBLE_DEVICES chooses); 0 where there is none. Like the two below it throws
+// CudaError in a child that was forked after CUDA had been started. All four are thread-safe.
 int cuda_device_count();
 
 struct CudaDevice {
