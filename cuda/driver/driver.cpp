@@ -81,4 +81,6 @@ int cuda_driver_version() {
   return version;
 }
 
+std::string_view cuda_architectures() noexcept { return NARROWGAUGE_CUDA_ARCHITECTURES; }
+
 }  // namespace ng

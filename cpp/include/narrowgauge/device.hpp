@@ -37,6 +37,17 @@ void force_isa(Isa isa);
 std::string cpu_name();
 std::vector<std::string> cpu_features();
 
+// Where memory lies, and work on it runs.
+struct Device {
+  int gpu = -1;  // its index; -1: the CPU
+
+  // "cpu", "cuda:1"; "cuda" is cuda:0. Throws InvalidArgument.
+  static Device parse(std::string_view text);
+  std::string str() const;
+  bool is_cpu() const noexcept { return gpu < 0; }
+  friend bool operator==(Device, Device) = default;
+};
+
 // --- GPUs --------------------------------------------------------------------------------------------------------
 
 // Why no GPU can be used, in a sentence for users; empty if one can.
@@ -60,5 +71,9 @@ CudaDevice cuda_device(int index);
 
 // CUDA version that the driver is for: 13000 for 13.0. Throws CudaError.
 int cuda_driver_version();
+
+// The architectures that this build has kernels for, such as "sm_80 sm_90 compute_80"; empty if it was made without
+// nvcc. compute_80 is PTX, which the driver compiles for any later GPU when it is first used.
+std::string_view cuda_architectures() noexcept;
 
 }  // namespace ng

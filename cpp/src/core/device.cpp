@@ -3,6 +3,7 @@
 
 #include <array>
 #include <atomic>
+#include <charconv>
 #include <cstdlib>
 #include <fstream>
 
@@ -108,6 +109,23 @@ Isa initial_isa() {
 std::atomic<int> g_isa{-1};
 
 }  // namespace
+
+Device Device::parse(std::string_view text) {
+  if (text == "cpu") return {};
+  if (text == "cuda") return {0};
+  Device device;
+  constexpr std::string_view kPrefix = "cuda:";
+  bool valid = text.starts_with(kPrefix);
+  if (valid) {
+    const char* end = text.data() + text.size();
+    const auto [at, error] = std::from_chars(text.data() + kPrefix.size(), end, device.gpu);
+    valid = error == std::errc() && at == end && device.gpu >= 0;
+  }
+  NG_CHECK(valid, InvalidArgument, "unknown device '", text, "', expected 'cpu', 'cuda' or 'cuda:' and an index");
+  return device;
+}
+
+std::string Device::str() const { return is_cpu() ? "cpu" : concat("cuda:", gpu); }
 
 std::string_view isa_name(Isa isa) noexcept { return kNames[static_cast<size_t>(isa)]; }
 

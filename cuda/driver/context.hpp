@@ -1,0 +1,43 @@
+// The primary context of a device, current for the length of a scope.
+//
+// It is retained on first use and kept until the process ends, as the CUDA runtime does: whoever uses the device at
+// exit still finds it.
+#pragma once
+
+#include "driver/driver.hpp"
+
+namespace ng::cuda {
+
+class ContextScope {
+ public:
+  // Throws CudaError if there is no driver, after fork, or if the device gives no context; InvalidArgument if there is
+  // no device of this index.
+  explicit ContextScope(int device);
+  ~ContextScope();
+  ContextScope(const ContextScope&) = delete;
+  ContextScope& operator=(const ContextScope&) = delete;
+
+  const Driver* operator->() const noexcept { return &driver_; }
+  const Driver& driver() const noexcept { return driver_; }
+
+ private:
+  const Driver& driver_;
+};
+
+// Notes what a device was last asked to run, for the messages of errors that show later. `name` lives for ever.
+void note_kernel(int device, const char* name) noexcept;
+
+// As check(), with the device's last kernel in the message.
+void check_device(Result result, const char* what, int device);
+
+// Called on every synchronize() of the device, once for each `check` however often it is registered: throws what
+// kernels have found in their input. `check` lives for ever and is called with the context current.
+class DeviceCheck {
+ public:
+  virtual ~DeviceCheck() = default;
+  virtual void operator()(int device) = 0;
+};
+void register_check(DeviceCheck& check);
+void run_checks(int device);
+
+}  // namespace ng::cuda

@@ -1,0 +1,71 @@
+# The kernels: each file of kernels/ becomes an image of cubins and PTX, which is data in the library. Only nvcc is
+# needed of the toolkit; without it the library has no kernels, and says so when one is asked for.
+#
+# The library's own folder includes this: it adds the sources `cuda_sources`.
+find_program(NARROWGAUGE_NVCC nvcc PATHS /usr/local/cuda/bin
+  DOC "CUDA's compiler, 12.8 or later; OFF: build no kernels")
+option(NARROWGAUGE_PTX_ONLY "Build kernels as PTX only, for a quick turn in development" OFF)
+
+set(nvcc_options -std=c++20 -O3 -I${PROJECT_SOURCE_DIR}/cpp/src -I${PROJECT_SOURCE_DIR}/cuda)
+set(cubins 80 90 100 120)
+set(ptx 80)
+
+set(NARROWGAUGE_CUDA_ARCHITECTURES "")
+if(NARROWGAUGE_NVCC)
+  execute_process(COMMAND ${NARROWGAUGE_NVCC} --list-gpu-code OUTPUT_VARIABLE known RESULT_VARIABLE failed ERROR_QUIET)
+  if(failed OR NOT known MATCHES "sm_120")
+    message(WARNING "${NARROWGAUGE_NVCC} does not know sm_120, expected CUDA 12.8 or later: no kernels are built")
+    set(NARROWGAUGE_NVCC OFF)
+  endif()
+endif()
+if(NARROWGAUGE_NVCC)
+  if(NARROWGAUGE_PTX_ONLY)
+    set(cubins "")
+  endif()
+  list(TRANSFORM cubins PREPEND sm_ OUTPUT_VARIABLE names)
+  list(JOIN names " " names)
+  string(STRIP "${names} compute_${ptx}" NARROWGAUGE_CUDA_ARCHITECTURES)
+endif()
+
+# A source that has the image of kernels/NAME.cu as narrowgauge's images::NAME, or an empty one.
+function(add_image name)
+  set(out ${CMAKE_CURRENT_BINARY_DIR}/images/${name})
+  set(source ${PROJECT_SOURCE_DIR}/cuda/kernels/${name}.cu)
+  set(parts "")
+  set(IMAGE_PTX "")
+  set(IMAGE_CUBINS "")
+  if(NARROWGAUGE_NVCC)
+    # -lineinfo: the simulated GPU names the line of the .cu.
+    add_custom_command(OUTPUT ${out}.ptx
+      COMMAND ${NARROWGAUGE_NVCC} ${nvcc_options} -lineinfo -ptx -arch=compute_${ptx} -MD -MF ${out}.ptx.d
+              -o ${out}.ptx ${source}
+      DEPENDS ${source} DEPFILE ${out}.ptx.d VERBATIM COMMENT "Compiling ${name} to PTX")
+    list(APPEND parts ${out}.ptx)
+    set(IMAGE_PTX ".incbin \"${out}.ptx\"")
+    if(cubins)
+      set(codes "")
+      foreach(cubin IN LISTS cubins)
+        list(APPEND codes -gencode=arch=compute_${cubin},code=sm_${cubin})
+      endforeach()
+      # Two at a time: nvcc compiles the architectures one after the other otherwise.
+      add_custom_command(OUTPUT ${out}.fatbin
+        COMMAND ${NARROWGAUGE_NVCC} ${nvcc_options} --threads 2 --compress-mode=size -fatbin ${codes} -MD
+                -MF ${out}.fatbin.d -o ${out}.fatbin ${source}
+        DEPENDS ${source} DEPFILE ${out}.fatbin.d VERBATIM COMMENT "Compiling ${name} to cubins")
+      list(APPEND parts ${out}.fatbin)
+      set(IMAGE_CUBINS ".incbin \"${out}.fatbin\"")
+    endif()
+  endif()
+  set(IMAGE_NAME ${name})
+  configure_file(${PROJECT_SOURCE_DIR}/cuda/driver/image.cpp.in ${out}.cpp @ONLY)
+  set_source_files_properties(${out}.cpp PROPERTIES OBJECT_DEPENDS "${parts}")
+  set(cuda_sources ${cuda_sources} ${out}.cpp PARENT_SCOPE)
+endfunction()
+
+file(GLOB cuda_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/cuda/driver/*.cpp
+     ${PROJECT_SOURCE_DIR}/cuda/kernels/*.cpp)
+file(GLOB images CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/cuda/kernels/*.cu)
+foreach(image IN LISTS images)
+  get_filename_component(image ${image} NAME_WE)
+  add_image(${image})
+endforeach()
