@@ -30,7 +30,7 @@ void note_kernel(int device, const char* name) noexcept;
 // As check(), with the device's last kernel in the message.
 void check_device(Result result, const char* what, int device);
 
-// Called on every synchronize() of the device, once for each `check` however often it is registered: throws what
+// Called on every Stream::synchronize() of the device, once for each `check` however often it is registered: throws what
 // kernels have found in their input. `check` lives for ever and is called with the context current.
 class DeviceCheck {
  public:

@@ -93,12 +93,18 @@ void Event::record(const Stream& stream) {
 void Event::synchronize() const {
   const ContextScope context(device_);
   cuda::check_device(context->cuEventSynchronize(cuda::handle_of(*this)), "cuEventSynchronize", device_);
-  cuda::run_checks(device_);
 }
 
 bool Event::is_done() const {
   const ContextScope context(device_);
   return done(context->cuEventQuery(cuda::handle_of(*this)), "cuEventQuery", device_);
+}
+
+void copy(void* to, const void* from, size_t bytes, const Stream& stream) {
+  if (bytes == 0) return;
+  const ContextScope context(stream.device());
+  const auto address = [](const void* pointer) { return reinterpret_cast<cuda::DevicePtr>(pointer); };
+  NG_CUDA(context.driver(), cuMemcpyAsync(address(to), address(from), bytes, cuda::handle_of(stream)));
 }
 
 }  // namespace ng

@@ -14,6 +14,8 @@ void bind_format(nb::module_& module);
 void bind_quantize(nb::module_& module);
 void bind_linear(nb::module_& module);
 void bind_device(nb::module_& module);
+void bind_stream(nb::module_& module);
+void bind_tensor(nb::module_& module);
 void bind_memory(nb::module_& module);
 void bind_io(nb::module_& module);
 void bind_checkpoint(nb::module_& module);

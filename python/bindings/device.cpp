@@ -35,6 +35,7 @@ void bind_device(nb::module_& module) {
   // The first of these starts the driver, which may take seconds.
   module.def("why_no_cuda", &why_no_cuda, nb::call_guard<nb::gil_scoped_release>());
   module.def("cuda_device_count", &cuda_device_count, nb::call_guard<nb::gil_scoped_release>());
+  module.def("cuda_architectures", &cuda_architectures);
   module.def("cuda_driver_version", &cuda_driver_version, nb::call_guard<nb::gil_scoped_release>());
   module.def(
       "cuda_device",

@@ -48,6 +48,8 @@ NB_MODULE(_native, module) {
   bind_quantize(module);
   bind_linear(module);
   bind_device(module);
+  bind_stream(module);
+  bind_tensor(module);
   bind_memory(module);
   bind_io(module);
   bind_checkpoint(module);

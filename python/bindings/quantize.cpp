@@ -13,12 +13,13 @@ namespace {
 
 using namespace nb::literals;
 
-// A canonical matrix in Python arrays, borrowed for one call.
+// A canonical matrix in Python arrays, borrowed for one call; all on one device.
 class BorrowedCanonical {
  public:
   BorrowedCanonical(const Format& format, int64_t rows, int64_t cols, nb::handle codes, nb::handle scales,
-                    nb::handle zeros, nb::handle global_scale, Access access)
-      : codes_(codes, "codes", access), scales_(scales, "scales", access) {
+                    nb::handle zeros, nb::handle global_scale, Access access, Where where = Where::host)
+      : codes_(codes, "codes", access, where), scales_(scales, "scales", access, where) {
+    require_device(scales_, device(), "scales");
     const CanonicalBytes bytes = canonical_bytes(format, rows, cols);
     view_ = {.format = format, .rows = rows, .cols = cols};
     view_.codes = dense_bytes(codes_.view(), "codes", bytes.codes);
@@ -31,14 +32,18 @@ class BorrowedCanonical {
   }
 
   const CanonicalView& view() const noexcept { return view_; }
+  Device device() const noexcept { return codes_.device(); }
+  Stream stream() const noexcept { return codes_.stream(); }
 
  private:
-  static uint8_t* optional(std::optional<BorrowedTensor>& borrowed, nb::handle array, const char* name, bool expected,
-                           int64_t bytes, Access access) {
+  uint8_t* optional(std::optional<BorrowedTensor>& borrowed, nb::handle array, const char* name, bool expected,
+                    int64_t bytes, Access access) const {
     NG_CHECK(array.is_none() != expected, InvalidArgument, name, expected ? " is missing" : " is given",
              ", but the format has ", expected ? "one" : "none");
     if (!expected) return nullptr;
-    return dense_bytes(borrowed.emplace(array, name, access).view(), name, bytes);
+    borrowed.emplace(array, name, access, device().is_cpu() ? Where::host : Where::anywhere);
+    require_device(*borrowed, device(), name);
+    return dense_bytes(borrowed->view(), name, bytes);
   }
 
   BorrowedTensor codes_;
@@ -67,20 +72,30 @@ void quantize_into(nb::handle weights, const Format& format, int64_t rows, int64
       .e8m0_ceil = e8m0_ceil,
       .stochastic = stochastic,
       .seed = seed};
-  const BorrowedTensor input(weights, "weights");
+  const BorrowedTensor input(weights, "weights", Access::read, Where::anywhere);
   require_float(input.view(), "weights");
-  const BorrowedCanonical out(format, rows, cols, codes, scales, zeros, global_scale, Access::write);
+  const BorrowedCanonical out(format, rows, cols, codes, scales, zeros, global_scale, Access::write, Where::anywhere);
+  require_device(input, out.device(), "weights");
   const nb::gil_scoped_release release;
-  quantize(input.view(), out.view(), options, default_executor());
+  if (out.device().is_cpu()) {
+    quantize(input.view(), out.view(), options, default_executor());
+  } else {
+    quantize(input.view(), out.view(), options, input.stream());
+  }
 }
 
 void dequantize_into(const Format& format, int64_t rows, int64_t cols, nb::handle codes, nb::handle scales,
                      nb::handle zeros, nb::handle global_scale, nb::handle out) {
-  const BorrowedCanonical matrix(format, rows, cols, codes, scales, zeros, global_scale, Access::read);
-  const BorrowedTensor output(out, "out", Access::write);
+  const BorrowedCanonical matrix(format, rows, cols, codes, scales, zeros, global_scale, Access::read, Where::anywhere);
+  const BorrowedTensor output(out, "out", Access::write, Where::anywhere);
   require_float(output.view(), "out");
+  require_device(output, matrix.device(), "out");
   const nb::gil_scoped_release release;
-  dequantize(matrix.view(), output.view(), default_executor());
+  if (matrix.device().is_cpu()) {
+    dequantize(matrix.view(), output.view(), default_executor());
+  } else {
+    dequantize(matrix.view(), output.view(), matrix.stream());
+  }
 }
 
 PackedMatrix pack_into(const Format& format, int64_t rows, int64_t cols, nb::handle codes, nb::handle scales,

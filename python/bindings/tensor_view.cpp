@@ -1,11 +1,15 @@
 // Borrowing arrays from Python; see tensor_view.hpp.
 #include "tensor_view.hpp"
 
+#include <nanobind/stl/tuple.h>
+
 #include <array>
 #include <atomic>
 #include <mutex>
+#include <tuple>
 
 #include "narrowgauge/error.hpp"
+#include "tensor.hpp"
 
 namespace ng::python {
 namespace {
@@ -46,10 +50,15 @@ std::string dlpack_name(dlpack::DataType type) {
 
 }  // namespace
 
+Device device_of(dlpack::Device device, const char* name) {
+  if (device.type == dlpack::kCpu || device.type == dlpack::kCudaHost) return {};
+  NG_CHECK(device.type == dlpack::kCuda && device.id >= 0, InvalidArgument, name, " is on a device of DLPack type ",
+           device.type, ", expected host memory or a CUDA device");
+  return {device.id};
+}
+
 TensorView view_of(const dlpack::Tensor& tensor, const char* name) {
   TensorView view;
-  NG_CHECK(tensor.device.type == dlpack::kCpu || tensor.device.type == dlpack::kCudaHost, InvalidArgument, name,
-           " is on a device of DLPack type ", tensor.device.type, ", expected host memory");
   NG_CHECK(tensor.ndim <= kMaxDims, InvalidArgument, name, " has ", tensor.ndim, " axes, at most ", kMaxDims,
            " are supported");
   try {
@@ -93,12 +102,46 @@ const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) noexcept {
   return api;
 }
 
-BorrowedTensor::BorrowedTensor(nb::handle object, const char* name, Access access) {
-  if (const dlpack::ExchangeApi* api = exchange_api(Py_TYPE(object.ptr()))) {
-    dlpack::Tensor tensor;
-    if (api->view_from_object(object.ptr(), &tensor) != 0) nb::raise_python_error();
-    view_ = view_of(tensor, name);
-    return;
+BorrowedTensor::BorrowedTensor(nb::handle object, const char* name, Access access, Where where) {
+  if (const PyTensor* tensor = nullptr; nb::try_cast(object, tensor, false) && tensor != nullptr) {
+    borrow_tensor(*tensor, name, access);
+  } else if (const dlpack::ExchangeApi* api = exchange_api(Py_TYPE(object.ptr()))) {
+    borrow_exchanged(*api, object, name);
+  } else {
+    borrow_array(object, name, access);
+  }
+  NG_CHECK(device_.is_cpu() || where == Where::anywhere, InvalidArgument, name, " is on ", device_.str(),
+           ", expected host memory");
+}
+
+void BorrowedTensor::borrow_tensor(const PyTensor& tensor, const char* name, Access access) {
+  if (access == Access::write && tensor.read_only) throw_type_error(concat(name, " is read-only"));
+  view_ = tensor.tensor.view();
+  device_ = tensor.tensor.device();
+  if (!device_.is_cpu()) stream_ = current_stream(device_.gpu).handle();
+}
+
+void BorrowedTensor::borrow_exchanged(const dlpack::ExchangeApi& api, nb::handle object, const char* name) {
+  dlpack::Tensor tensor;
+  if (api.view_from_object(object.ptr(), &tensor) != 0) nb::raise_python_error();
+  device_ = device_of(tensor.device, name);
+  view_ = view_of(tensor, name);
+  if (device_.is_cpu()) return;
+  void* stream = nullptr;
+  if (api.current_work_stream(tensor.device.type, tensor.device.id, &stream) != 0) nb::raise_python_error();
+  stream_ = static_cast<CUstream_st*>(stream);
+}
+
+void BorrowedTensor::borrow_array(nb::handle object, const char* name, Access access) {
+  // numpy's arrays, by far the most common, are on the host; others say where they are.
+  if (!PyObject_CheckBuffer(object.ptr()) && nb::hasattr(object, "__dlpack_device__")) {
+    const auto [type, id] = nb::cast<std::tuple<int32_t, int32_t>>(object.attr("__dlpack_device__")());
+    if (!device_of({type, id}, name).is_cpu()) {
+      PyTensor tensor = from_dlpack(object);
+      borrow_tensor(tensor, name, access);
+      shared_ = std::move(tensor.tensor);
+      return;
+    }
   }
   // Exact matches only: a conversion would make a copy, and writing to a copy would lose the result.
   if (access == Access::read) {
@@ -121,14 +164,21 @@ BorrowedTensor::BorrowedTensor(nb::handle object, const char* name, Access acces
     strides[axis] = owner_.stride(axis);
   }
   const nb::dlpack::dtype dtype = owner_.dtype();
+  const dlpack::Device device{owner_.device_type(), owner_.device_id()};
+  device_ = device_of(device, name);
   view_ = view_of({.data = const_cast<void*>(static_cast<const void*>(owner_.data())),
-                   .device = {owner_.device_type(), owner_.device_id()},
+                   .device = device,
                    .ndim = static_cast<int32_t>(owner_.ndim()),
                    .dtype = {dtype.code, dtype.bits, dtype.lanes},
                    .shape = shape.data(),
                    .strides = strides.data(),
                    .byte_offset = 0},
                   name);
+}
+
+void require_device(const BorrowedTensor& tensor, Device device, const char* name) {
+  NG_CHECK(tensor.device() == device, InvalidArgument, name, " is on ", tensor.device().str(), ", expected ",
+           device.str());
 }
 
 void require_float(const TensorView& view, const char* name) {

@@ -1,7 +1,7 @@
 """Where arrays come from: the few things that narrowgauge asks of torch and of numpy, behind one interface.
 
-Anything else that speaks DLPack (JAX, CuPy on the host) enters as a numpy array. Neither library is imported before
-an array of it, or a request for one, is seen.
+Anything else that speaks DLPack enters as a numpy array from the host (JAX), as a Tensor from a GPU (CuPy). No library
+is imported before an array of it, or a request for one, is seen.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from typing import Any
 
 from narrowgauge import _native
 
-Array = Any  # a torch.Tensor or a numpy.ndarray
+Array = Any  # a torch.Tensor, a numpy.ndarray, or on a GPU a narrowgauge.Tensor
 
 FLOATS = ("float32", "float16", "bfloat16")
+_DLPACK_CUDA = 2
 
 
 def missing(package: str, user: str) -> ImportError:
@@ -25,10 +26,12 @@ class Arrays(ABC):
     """One array library. Dtypes are named as both libraries name them: 'float32', 'bfloat16', 'uint8'."""
 
     has_bfloat16: bool  # in a form that the core can borrow
+    device = "cpu"  # where new arrays are made: "cpu" or "cuda:0"
+    pickles = True
 
     @abstractmethod
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
-        """A new dense array on the host."""
+        """A new dense array on the device."""
 
     @abstractmethod
     def block(self, size: int) -> Array:
@@ -40,7 +43,7 @@ class Arrays(ABC):
 
     @abstractmethod
     def source(self, array: Array, name: str) -> Array:
-        """`array` as the core reads it: float, on the host, dense rows; copied only where it must be."""
+        """`array` as the core reads it: float, on the device, dense rows; copied only where it must be."""
 
     @abstractmethod
     def view(self, array: Array) -> Array:
@@ -52,6 +55,14 @@ class Arrays(ABC):
 
     @abstractmethod
     def copy(self, array: Array) -> Array: ...
+
+    def assign(self, array: Array, values: Array) -> None:
+        """Copies the values of an array of the same shape and dtype into `array`."""
+        array[...] = values
+
+    def host(self, array: Array) -> Array:
+        """`array` on the host, as numpy or torch has it; itself if it is there."""
+        return array
 
     @abstractmethod
     def cast(self, array: Array, dtype: str) -> Array: ...
@@ -103,7 +114,9 @@ class NumpyArrays(Arrays):
         return _float_name(dtype if isinstance(dtype, str) else self.numpy.dtype(dtype).name, "the result")
 
     def source(self, array: Array, name: str) -> Array:
-        if not isinstance(array, self.numpy.ndarray):
+        if isinstance(array, _native.Tensor):
+            array = self.from_tensor(array)
+        elif not isinstance(array, self.numpy.ndarray):
             array = self.numpy.from_dlpack(array)
         if _float_name(array.dtype.name, name) == "bfloat16":
             return array.astype(self.numpy.float32)
@@ -116,6 +129,12 @@ class NumpyArrays(Arrays):
 
     def from_bytes(self, data: Any, dtype: str, shape: tuple[int, ...]) -> Array:
         return self.numpy.frombuffer(data, self.numpy.uint8).copy().view(self._dtype(dtype)).reshape(shape)
+
+    def from_tensor(self, tensor: _native.Tensor) -> Array:
+        """The memory of a Tensor on the host."""
+        if tensor.dtype != "bfloat16":
+            return self.numpy.from_dlpack(tensor)
+        return self.numpy.from_dlpack(tensor.view("uint16")).view(self._dtype("bfloat16"))
 
     def copy(self, array: Array) -> Array:
         return array.copy()
@@ -130,12 +149,13 @@ class NumpyArrays(Arrays):
 class TorchArrays(Arrays):
     has_bfloat16 = True
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
         try:
             import torch
         except ImportError:
             raise missing("torch", "this") from None
         self.torch = torch
+        self.device = device
         # Run on torch's own threads, so that the two libraries do not compete for the cores.
         _native.adopt_openmp()
 
@@ -144,7 +164,7 @@ class TorchArrays(Arrays):
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
         with self.torch.inference_mode(False):
-            return self.torch.empty(shape, dtype=getattr(self.torch, dtype), device="cpu")
+            return self.torch.empty(shape, dtype=getattr(self.torch, dtype), device=self.device)
 
     def block(self, size: int) -> Array:
         block = self.empty((size,), "uint8")
@@ -155,8 +175,8 @@ class TorchArrays(Arrays):
         return _float_name(str(dtype), "the result")
 
     def source(self, array: Array, name: str) -> Array:
-        if array.device.type != "cpu":
-            raise ValueError(f"{name} is on device {array.device}, expected cpu")
+        if str(array.device) != self.device:
+            raise ValueError(f"{name} is on device {array.device}, expected {self.device}")
         if array.layout is not self.torch.strided:
             raise TypeError(f"{name} has layout {array.layout}, expected a strided tensor")
         _float_name(str(array.dtype), name)
@@ -170,7 +190,9 @@ class TorchArrays(Arrays):
         if not len(data):
             return self.empty(shape, dtype)
         with self.torch.inference_mode(False):
-            return self.torch.frombuffer(bytearray(data), dtype=getattr(self.torch, dtype)).reshape(shape)
+            return (
+                self.torch.frombuffer(bytearray(data), dtype=getattr(self.torch, dtype)).reshape(shape).to(self.device)
+            )
 
     def copy(self, array: Array) -> Array:
         with self.torch.inference_mode(False):
@@ -180,19 +202,84 @@ class TorchArrays(Arrays):
         return array.to(getattr(self.torch, dtype))
 
     def arange(self, stop: int) -> Array:
-        return self.torch.arange(stop)
+        return self.torch.arange(stop, device=self.device)
+
+    def host(self, array: Array) -> Array:
+        return array.cpu()
 
 
-_libraries: dict[str, Arrays] = {}
+class DeviceArrays(Arrays):
+    """narrowgauge's own Tensors on a GPU, in the order of its current stream."""
+
+    has_bfloat16 = True
+    pickles = False
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
+        return _native.empty(list(shape), dtype, self.device)
+
+    def block(self, size: int) -> Array:
+        return self.empty((size,), "uint8")
+
+    def dtype_name(self, dtype: Any) -> str:
+        return _float_name(str(getattr(dtype, "name", dtype)), "the result")
+
+    def source(self, array: Array, name: str) -> Array:
+        if not isinstance(array, _native.Tensor):
+            array = _native.Tensor.from_dlpack(array)
+        if array.device != self.device:
+            raise ValueError(f"{name} is on device {array.device}, expected {self.device}")
+        _float_name(array.dtype, name)
+        return array
+
+    def view(self, array: Array) -> Array:
+        return array
+
+    def from_bytes(self, data: Any, dtype: str, shape: tuple[int, ...]) -> Array:
+        return _native.tensor_from_bytes(data, dtype, list(shape), self.device)
+
+    def copy(self, array: Array) -> Array:
+        new = self.empty(array.shape, array.dtype)
+        self.assign(new, array)
+        return new
+
+    def assign(self, array: Array, values: Array) -> None:
+        array.copy_from(values)
+
+    def cast(self, array: Array, dtype: str) -> Array:
+        assert array.dtype == dtype  # made so, since has_bfloat16
+        return array
+
+    def arange(self, stop: int) -> Array:
+        raise NotImplementedError  # packed matrices are the CPU's
+
+    def host(self, array: Array) -> Array:
+        numpy = library("numpy")
+        assert isinstance(numpy, NumpyArrays)
+        return numpy.from_tensor(array.to("cpu"))
 
 
-def library(name: str) -> Arrays:
-    """The library 'torch' or 'numpy'. ImportError, naming what to install, if it is absent."""
-    if name not in _libraries:
-        if name not in ("torch", "numpy"):
-            raise ValueError(f"unknown array library '{name}', expected 'torch' or 'numpy'")
-        _libraries[name] = TorchArrays() if name == "torch" else NumpyArrays()
-    return _libraries[name]
+_libraries: dict[tuple[str, str], Arrays] = {}
+
+
+def library(name: str, device: str = "cpu") -> Arrays:
+    """The library 'torch', 'numpy' (on the host only) or 'narrowgauge' (on a GPU only), making arrays on a device.
+
+    ImportError, naming what to install, if it is absent.
+    """
+    key = name, device
+    if key not in _libraries:
+        if name == "torch":
+            _libraries[key] = TorchArrays(device)
+        elif name == "numpy" and device == "cpu":
+            _libraries[key] = NumpyArrays()
+        elif name == "narrowgauge" and device != "cpu":
+            _libraries[key] = DeviceArrays(device)
+        else:
+            raise ValueError(f"unknown array library '{name}' on {device}, expected 'torch' or 'numpy'")
+    return _libraries[key]
 
 
 def is_torch(array: object) -> bool:
@@ -200,10 +287,13 @@ def is_torch(array: object) -> bool:
     return torch is not None and isinstance(array, torch.Tensor)
 
 
-def library_of(array: object, name: str) -> Arrays:
-    """The library that serves `array`; TypeError, with `name`, if it is no array."""
+def library_of(array: Any, name: str) -> Arrays:
+    """The library that serves `array`, on its device; TypeError, with `name`, if it is no array."""
     if is_torch(array):
-        return library("torch")
+        return library("torch", "cpu" if array.is_cpu else str(array.device))
+    if isinstance(array, _native.Tensor):
+        return library("numpy") if array.device == "cpu" else library("narrowgauge", array.device)
     if hasattr(array, "__dlpack__"):  # numpy arrays have it too
-        return library("numpy")
+        kind, index = array.__dlpack_device__()
+        return library("narrowgauge", f"cuda:{index}") if kind == _DLPACK_CUDA else library("numpy")
     raise TypeError(f"{name} is a {type(array).__name__}, expected a torch tensor or a numpy array")

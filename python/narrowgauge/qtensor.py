@@ -1,7 +1,9 @@
 """QTensor: a matrix in a Format, and quantize, which makes one.
 
 A QTensor owns its weights once: canonical (codes, scales, ... in their own arrays; portable, what files hold) or
-packed for the CPU (one block; fast). Its arrays are torch tensors if it was made from one, numpy arrays otherwise.
+packed for the CPU (one block; fast). Its arrays are torch tensors if it was made from one, otherwise numpy arrays, or
+on a GPU narrowgauge's Tensors. Work on a GPU goes to the current stream, torch's for torch tensors, else that of
+`with stream:` (ng.cuda.Stream).
 Not thread-safe while pack or unpack runs; reading from many threads is fine.
 """
 
@@ -148,6 +150,35 @@ class QTensor:
         return self.canonical().global_scale
 
     @property
+    def device(self) -> str:
+        """Where the arrays are: "cpu" or "cuda:0"."""
+        return self._arrays.device
+
+    def to(self, device: str) -> QTensor:
+        """The matrix on "cpu", "cuda" or "cuda:1": itself, or a canonical copy. CudaError if there is no such GPU.
+
+        A GPU's arrays are torch's if this matrix's are; from the others' GPU arrays the way back is to numpy's.
+        """
+        device = _native.device_name(device)
+        if device == self.device:
+            return self
+        library = "torch" if isinstance(self._arrays, _arrays.TorchArrays) else "numpy"
+        if library == "numpy" and device != "cpu":
+            library = "narrowgauge"
+        target = _arrays.library(library, device)
+        return QTensor.from_canonical(
+            self.format, self.shape, Canonical(*(part and self._move(part, target) for part in self.canonical()))
+        )
+
+    def _move(self, array: Array, target: Arrays) -> Array:
+        if isinstance(target, _arrays.TorchArrays):
+            return array.to(target.device)
+        host = self._arrays.host(array)
+        if target.device == "cpu":
+            return host
+        return target.from_bytes(host.reshape(-1).view("uint8"), str(host.dtype), tuple(host.shape))
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the canonical arrays, whichever form the matrix is in."""
         return sum(_native.canonical_bytes(self.format, self.rows, self.cols))
@@ -156,6 +187,8 @@ class QTensor:
         """Packs in place for `device` and returns self; the canonical arrays are let go."""
         if device != "cpu":
             raise ValueError(f"device is '{device}', expected 'cpu'")
+        if self.device != "cpu":
+            raise ValueError(f"the matrix is on {self.device} and is packed for the CPU; call to('cpu') first")
         if self._matrix is None:
             self._set_packed(self._pack_new(self._borrow(self.canonical())))
         return self
@@ -183,7 +216,7 @@ class QTensor:
             return
         for mine, its in zip(self.canonical(), other.canonical(), strict=True):
             if mine is not None:
-                mine[...] = its
+                self._arrays.assign(mine, its)
 
     def dequantize(self, dtype: Any = "float32") -> Array:
         """The weights [*shape] in `dtype`: float32, float16 or bfloat16, as a name or the array library's dtype."""
@@ -199,9 +232,10 @@ class QTensor:
     def file_tensors(self, name: str) -> list[tuple[str, str, tuple[int, ...], Array]]:
         """The canonical arrays as _native.write_safetensors takes them, called `<name>.codes` and so on."""
         parts = canonical_parts(self.format, self.rows, self.cols)
+        q = self.to("cpu")
         return [
-            (f"{name}.{part[0]}", FILE_DTYPES[part[1]], part[2], self._arrays.view(array))
-            for part, array in zip(parts, self.canonical(), strict=True)
+            (f"{name}.{part[0]}", FILE_DTYPES[part[1]], part[2], q._arrays.view(array))
+            for part, array in zip(parts, q.canonical(), strict=True)
             if part is not None
         ]
 
@@ -231,7 +265,8 @@ class QTensor:
 
     def __repr__(self) -> str:
         form = "packed" if self.is_packed else "canonical"
-        return f"QTensor(shape={self.shape}, format='{self.format}', {form}, nbytes={self.nbytes})"
+        where = "" if self.device == "cpu" else f"{self.device}, "
+        return f"QTensor(shape={self.shape}, format='{self.format}', {where}{form}, nbytes={self.nbytes})"
 
     # Copies and pickles carry the canonical arrays where they leave the process: the packed layout is its own.
 
@@ -252,7 +287,8 @@ class QTensor:
         return q
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (str(self.format), self.shape, tuple(self.canonical()), self.is_packed)
+        q = self if self._arrays.pickles else self.to("cpu")
+        return _rebuild, (str(q.format), q.shape, tuple(q.canonical()), q.is_packed)
 
 
 def _rebuild(format: str, shape: tuple[int, ...], canonical: tuple[Array, ...], packed: bool) -> QTensor:
@@ -274,7 +310,8 @@ def quantize(
     """`w` [..., cols] (float32, float16 or bfloat16, any strides) as a canonical QTensor in `format`.
 
     search: 'absmax' (scale = amax / largest code value) or 'mse' (the best of a small grid around it, per group).
-    nan: 'error' (ValueError naming the first NaN or infinity) or 'saturate'.
+    nan: 'error' (ValueError naming the first NaN or infinity; on a GPU at the stream's next synchronize()) or
+    'saturate'.
     stochastic, seed: stochastic rounding, the same on every machine for a seed in [0, 2**64).
     full_range: intN uses -2**(N-1) too. e8m0_ceil: e8m0 scales are rounded up, so that nothing saturates.
     """

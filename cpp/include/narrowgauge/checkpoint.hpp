@@ -18,7 +18,9 @@
 #include <string_view>
 #include <vector>
 
+#include "narrowgauge/device.hpp"
 #include "narrowgauge/error.hpp"
+#include "narrowgauge/stream.hpp"
 
 namespace ng {
 
@@ -49,6 +51,11 @@ struct CheckpointPart {
   // Of borrowed memory: whether it is written without any copy where address and size are multiples of the disk's
   // block. That pays for huge pages, such as a HostPool's; from 4 KiB pages some disks write at half the rate.
   bool in_place = true;
+  // On a GPU `bytes` is an address there. It is read after the work that `stream`, one of that GPU's, had been given
+  // when save() was called, and what is not borrowed is copied in the background too: work that the stream is given
+  // after save() waits for that copy, the host does not.
+  Device device = {};
+  CUstream_st* stream = nullptr;
 };
 
 struct CheckpointReport {

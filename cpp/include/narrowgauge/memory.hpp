@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "narrowgauge/device.hpp"
 #include "narrowgauge/executor.hpp"
 
 namespace ng {
@@ -64,6 +65,10 @@ class Pool {
   // pre: `block` came from allocate(bytes) of this pool and is not used any more. From any thread. Null is ignored.
   virtual void deallocate(void* block, size_t bytes) noexcept = 0;
   virtual PoolStatistics statistics() const { return {}; }
+  // Gives free memory back to the system, as far as the pool can; returns the bytes given back.
+  virtual size_t trim() { return 0; }
+  // Where the blocks lie.
+  virtual Device device() const noexcept { return {}; }
 };
 
 // Where the contents of a sleeping pool wait. A HostPool calls it from the thread that calls sleep() or wake(), one
@@ -105,7 +110,7 @@ class HostPool final : public Pool {
 
   // Empties the caches and gives back every free stretch of 2 MiB; returns the bytes given back. Nothing is given back
   // while the pool sleeps.
-  size_t trim();
+  size_t trim() override;
 
   // Gives all physical pages back to the system; addresses stay. Until wake(), blocks may be freed but not allocated,
   // and must not be used. The contents are lost, or first put into `sink`, which is kept until wake(). Memory that was
@@ -135,6 +140,8 @@ class LimitPool final : public Pool {
   void* allocate(size_t bytes) override;
   void deallocate(void* block, size_t bytes) noexcept override;
   PoolStatistics statistics() const override { return pool_->statistics(); }
+  size_t trim() override { return pool_->trim(); }
+  Device device() const noexcept override { return pool_->device(); }
   size_t limit() const noexcept { return limit_; }
 
  private:
@@ -151,6 +158,8 @@ class StatisticsPool final : public Pool {
   void* allocate(size_t bytes) override;
   void deallocate(void* block, size_t bytes) noexcept override;
   PoolStatistics statistics() const override;
+  size_t trim() override { return pool_->trim(); }
+  Device device() const noexcept override { return pool_->device(); }
 
  private:
   std::shared_ptr<Pool> pool_;

@@ -9,6 +9,7 @@
 // started. Handles may be used from several threads at once.
 #pragma once
 
+#include <cstddef>
 #include <utility>
 
 struct CUstream_st;  // of the CUDA driver: a CUstream is a pointer to one
@@ -73,7 +74,8 @@ class Event {
 
   // Moves the point to behind all work that the stream has been given. The stream must be of the event's device.
   void record(const Stream& stream);
-  // Waits for the work before the point, none if it was never recorded; throws as Stream::synchronize() does.
+  // Waits for the work before the point, none if it was never recorded. Throws CudaError if a kernel failed; what
+  // kernels found in their input is left to Stream::synchronize().
   void synchronize() const;
   bool is_done() const;
 
@@ -81,5 +83,10 @@ class Event {
   int device_;
   CUevent_st* handle_ = nullptr;
 };
+
+// Copies bytes in the stream's order, from and to memory of its GPU or the host's. Both must stay until it is done.
+// Only pinned host memory is copied in the background; with other memory the call may wait until the bytes have been
+// read or written. Throws CudaError.
+void copy(void* to, const void* from, size_t bytes, const Stream& stream);
 
 }  // namespace ng

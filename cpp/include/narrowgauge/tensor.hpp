@@ -1,5 +1,7 @@
-// TensorView: a borrowed, strided view of somebody's array in host memory; Tensor: a view that owns its memory.
+// TensorView: a borrowed, strided view of somebody's array; Tensor: a view that owns its memory, on some device.
 //
+// A view is only an address and a layout. Functions that take an Executor read and write host memory, those that take a
+// Stream the memory of its GPU.
 // Shapes and strides count elements. Negative strides are refused by every function here.
 #pragma once
 
@@ -10,6 +12,7 @@
 #include <span>
 #include <string>
 
+#include "narrowgauge/device.hpp"
 #include "narrowgauge/dtype.hpp"
 
 namespace ng {
@@ -41,24 +44,27 @@ class Tensor {
  public:
   Tensor() = default;
 
-  // A dense row-major tensor from `pool`, contents undefined; without elements it takes no memory. Throws
+  // A dense row-major tensor from `pool`, on its device, contents undefined; without elements it takes no memory. Throws
   // InvalidArgument for more than kMaxDims axes, a negative length or a size that overflows; OutOfMemory.
   static Tensor empty(std::shared_ptr<Pool> pool, std::span<const int64_t> shape, DType dtype);
 
   // Memory that `owner` keeps alive: another library's, or a part of another tensor's.
-  Tensor(const TensorView& view, std::shared_ptr<void> owner) : view_(view), owner_(std::move(owner)) {}
+  Tensor(const TensorView& view, std::shared_ptr<void> owner, Device device = {})
+      : view_(view), device_(device), owner_(std::move(owner)) {}
 
   Tensor(Tensor&&) noexcept = default;
   Tensor& operator=(Tensor&&) noexcept = default;
 
-  Tensor share() const { return {view_, owner_}; }
+  Tensor share() const { return {view_, owner_, device_}; }
 
   const TensorView& view() const noexcept { return view_; }
   const TensorView* operator->() const noexcept { return &view_; }
+  Device device() const noexcept { return device_; }
   const std::shared_ptr<void>& owner() const noexcept { return owner_; }
 
  private:
   TensorView view_;
+  Device device_;
   std::shared_ptr<void> owner_;
 };
 

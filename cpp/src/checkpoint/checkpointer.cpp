@@ -334,7 +334,7 @@ void Checkpointer::close() {
   }
   impl_->closed = true;
   impl_->lock.reset();
-  impl_->memory = {};
+  impl_->memory.clear();
   if (failure) std::rethrow_exception(failure);
 }
 

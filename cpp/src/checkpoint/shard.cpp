@@ -61,7 +61,21 @@ FileTensor file_tensor(const CheckpointPart& part) {
 
 }  // namespace
 
-void Staging::reserve(const std::shared_ptr<HostPool>& pool, uint64_t bytes) {
+void ShardMemory::clear() {
+  copies.drain();
+  image = Staging();
+  ring = Staging();
+  pool.reset();
+}
+
+void ShardMemory::pin() {
+  if (pinned) return;
+  clear();
+  pool = std::make_shared<PinnedPool>();
+  pinned = true;
+}
+
+void Staging::reserve(const std::shared_ptr<Pool>& pool, uint64_t bytes) {
   if (bytes <= static_cast<uint64_t>(block_->bytes()) && block_->data != nullptr) return;
   block_ = Tensor();  // first, so that the two are never there together
   pool->trim();
@@ -70,6 +84,7 @@ void Staging::reserve(const std::shared_ptr<HostPool>& pool, uint64_t bytes) {
 }
 
 void Shard::lay_out(std::span<const CheckpointPart> parts, int64_t step) {
+  memory_.copies.drain();  // of a save that has failed
   step_ = step;
   borrowed_bytes_ = 0;
   if (fits(parts)) {
@@ -77,6 +92,8 @@ void Shard::lay_out(std::span<const CheckpointPart> parts, int64_t step) {
       parts_[i].bytes = parts[i].bytes;
       parts_[i].borrowed = parts[i].borrowed;
       parts_[i].in_place = parts[i].in_place;
+      parts_[i].device = parts[i].device;
+      parts_[i].stream = parts[i].stream;
     }
   } else {
     parts_.assign(parts.begin(), parts.end());
@@ -87,7 +104,7 @@ void Shard::lay_out(std::span<const CheckpointPart> parts, int64_t step) {
     segment.data = header ? reinterpret_cast<const std::byte*>(header_.data()) : segment.part->bytes.data();
     segment.borrowed = !header && segment.part->borrowed;
     segment.copied = false;
-    segment.in_place = segment.borrowed && segment.part->in_place;
+    segment.in_place = segment.borrowed && segment.part->in_place && segment.device().is_cpu();
     std::fill(segment.checksums.begin(), segment.checksums.end(), 0);
   }
 }
@@ -136,6 +153,21 @@ void Shard::lay_out_anew() {
   segments_ = std::move(segments);
 }
 
+// Lets copies from GPUs come after the work that their callers' streams have been given; what is borrowed does not hold
+// the streams up.
+void Shard::order_copies() {
+  const auto follow = [&](bool borrowed) {
+    for (const CheckpointPart& part : parts_) {
+      if (part.device.is_cpu() || part.borrowed != borrowed || part.bytes.empty()) continue;
+      memory_.pin();
+      memory_.copies.follow(part.device.gpu, part.stream);
+    }
+  };
+  follow(true);
+  memory_.copies.forget();
+  follow(false);
+}
+
 void Shard::snapshot() {
   struct Piece {
     std::byte* to;
@@ -153,12 +185,19 @@ void Shard::snapshot() {
     size += segment.bytes;
     end_in_file = segment.offset + segment.bytes;
   }
+  order_copies();
   memory_.image.reserve(memory_.pool, size);
   std::vector<Piece> pieces;
   size_t next = 0;
   for (Segment& segment : segments_) {
     if (segment.borrowed) continue;
     std::byte* to = memory_.image.data() + places[next++];
+    if (!segment.device().is_cpu()) {
+      memory_.copies.copy(to, segment.data, segment.bytes, segment.device().gpu);
+      segment.data = to;
+      segment.in_place = true;
+      continue;
+    }
     const uint64_t chunk = chunk_of(segment);
     for (uint64_t at = 0; at < segment.bytes; at += chunk) {
       const uint64_t bytes = std::min(chunk, segment.bytes - at);
@@ -168,6 +207,8 @@ void Shard::snapshot() {
     segment.copied = true;
     segment.in_place = true;
   }
+  image_fetched_ = memory_.copies.mark();
+  memory_.copies.lead();
   // Shares of at least a chunk: what is small is copied faster than a thread wakes up.
   const auto grain = static_cast<int64_t>(pieces.size() * kChunk / std::max(size, uint64_t{1}) + 1);
   default_executor().parallel_for(static_cast<int64_t>(pieces.size()), grain, [&](int64_t begin, int64_t end) {
@@ -179,21 +220,23 @@ void Shard::snapshot() {
 }
 
 // The one pass over [at, at + length) of a segment on its way to the disk: its checksums, unless snapshot() has taken
-// them, and a copy, unless copy_to is null.
+// them, and a copy, unless copy_to is null. pre: it is in host memory.
 void Shard::pass(Segment& segment, uint64_t at, uint64_t length, std::byte* copy_to) {
-  if (segment.copied) {
-    if (copy_to != nullptr) std::memcpy(copy_to, segment.data + at, length);
-    return;
-  }
+  if (!segment.copied) return take_checksums(segment, at, {segment.data + at, length}, copy_to);
+  if (copy_to != nullptr) std::memcpy(copy_to, segment.data + at, length);
+}
+
+// `bytes` are the segment's from `at` on; what comes before them in their chunk has been taken.
+void Shard::take_checksums(Segment& segment, uint64_t at, std::span<const std::byte> bytes, std::byte* copy_to) const {
   const uint64_t chunk = chunk_of(segment);
-  while (length > 0) {
-    const uint64_t part = std::min(length, chunk - at % chunk);
+  while (!bytes.empty()) {
+    const uint64_t part = std::min<uint64_t>(bytes.size(), chunk - at % chunk);
     uint32_t& sum = segment.checksums[at / chunk];
-    const std::span<const std::byte> bytes(segment.data + at, part);
-    sum = copy_to != nullptr ? crc32c_copy(sum, bytes, copy_to) : crc32c(sum, bytes);
+    const auto piece = bytes.first(part);
+    sum = copy_to != nullptr ? crc32c_copy(sum, piece, copy_to) : crc32c(sum, piece);
     if (copy_to != nullptr) copy_to += part;
     at += part;
-    length -= part;
+    bytes = bytes.subspan(part);
   }
 }
 
@@ -215,15 +258,21 @@ uint64_t Shard::in_place(size_t index, uint64_t position, uint64_t block) const 
 }
 
 // Fills a staging buffer with the file's bytes from `position`, which is in segment `index`, up to the next place where
-// writing in place pays; pads the file's end to a block with zeros. Returns the length.
-uint64_t Shard::stage(size_t index, uint64_t position, uint64_t block, std::byte* out) {
+// writing in place pays; pads the file's end to a block with zeros. Returns the length. What comes from a GPU is only
+// on its way then, and noted in `fetches`.
+uint64_t Shard::stage(size_t index, uint64_t position, uint64_t block, std::byte* out, std::vector<Fetch>& fetches) {
   uint64_t length = 0;
   while (length < kTransfer && index < segments_.size()) {
     Segment& segment = segments_[index];
     const uint64_t at = position + length - segment.offset;
     if (length > 0 && length % block == 0 && in_place(index, position + length, block) > 0) break;
     const uint64_t part = std::min(segment.bytes - at, kTransfer - length);
-    pass(segment, at, part, out + length);
+    if (segment.borrowed && !segment.device().is_cpu()) {
+      memory_.copies.copy(out + length, segment.data + at, part, segment.device().gpu);
+      fetches.push_back({&segment, at, {out + length, part}});
+    } else {
+      pass(segment, at, part, out + length);
+    }
     length += part;
     if (at + part == segment.bytes) ++index;
   }
@@ -265,6 +314,22 @@ void Shard::write(FileSystem& files, const std::string& directory, const std::st
     issue();
   };
 
+  // A staging buffer that waits for its GPU, while the next one is filled.
+  struct Fetching {
+    std::vector<Fetch> fetches;
+    std::vector<Event> fetched;
+    Transfer transfer;
+  };
+  std::optional<Fetching> fetching;
+  const auto finish_fetch = [&] {
+    if (!fetching) return;
+    for (const Event& event : fetching->fetched) event.synchronize();
+    for (const Fetch& fetch : fetching->fetches) take_checksums(*fetch.segment, fetch.at, fetch.to, nullptr);
+    ready.push_back(fetching->transfer);
+    fetching.reset();
+  };
+  for (const Event& event : image_fetched_) event.synchronize();
+
   size_t index = 0;
   uint64_t position = 0;
   while (position < file_bytes_) {
@@ -287,17 +352,28 @@ void Shard::write(FileSystem& files, const std::string& directory, const std::st
         file->register_memory(memory_.ring.bytes());
         ring_is_ready = true;
       }
+      if (idle.empty()) finish_fetch();
+      issue();
       while (idle.empty()) wait();
       const uint64_t tag = idle.back();
       idle.pop_back();
       std::byte* buffer = memory_.ring.data() + tag * kTransfer;
-      const uint64_t staged = stage(index, position, block, buffer);
-      ready.push_back({{buffer, staged}, position, tag});
+      std::vector<Fetch> fetches;
+      const uint64_t staged = stage(index, position, block, buffer, fetches);
+      const Transfer transfer{{buffer, staged}, position, tag};
+      finish_fetch();
+      if (fetches.empty()) {
+        ready.push_back(transfer);
+      } else {
+        fetching.emplace(std::move(fetches), memory_.copies.mark(), transfer);
+      }
       position += staged;
     }
     issue();
     if (progress) progress(std::min(position, file_bytes_), file_bytes_);
   }
+  finish_fetch();
+  issue();
   while (file->in_flight() > 0) wait();
   released();
   file->truncate(file_bytes_);

@@ -4,16 +4,19 @@
 //
 // So a part whose address and size are multiples of a block is written from where it is; everything else passes through
 // a ring of staging buffers or lies in an image of the file that snapshot() has made. Checksums are taken in the pass
-// that copies, or in one that reads what is written in place.
+// that copies, or in one that reads what is written in place. What lies on a GPU is fetched, by its copy engine, into
+// the image or into one staging buffer while the one before is written; both are pinned memory then.
 #pragma once
 
 #include <cstdint>
 #include <functional>
 #include <memory>
 #include <span>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "checkpoint/device_copies.hpp"
 #include "io/file_system.hpp"
 #include "narrowgauge/checkpoint.hpp"
 #include "narrowgauge/memory.hpp"
@@ -27,7 +30,7 @@ inline constexpr uint64_t kChunk = uint64_t{1} << 20;  // bytes under one checks
 // A block of a pool that grows when more is asked for, its contents then lost.
 class Staging {
  public:
-  void reserve(const std::shared_ptr<HostPool>& pool, uint64_t bytes);
+  void reserve(const std::shared_ptr<Pool>& pool, uint64_t bytes);
   std::byte* data() const noexcept { return static_cast<std::byte*>(block_->data); }
   std::span<std::byte> bytes() const noexcept { return {data(), static_cast<size_t>(block_->bytes())}; }
 
@@ -37,9 +40,16 @@ class Staging {
 
 // Memory that a Checkpointer keeps from one save to the next, faulted in before it is first used.
 struct ShardMemory {
-  std::shared_ptr<HostPool> pool = std::make_shared<HostPool>();
-  Staging image;  // copies of what is not borrowed
-  Staging ring;   // staging buffers
+  std::shared_ptr<Pool> pool = std::make_shared<HostPool>();
+  bool pinned = false;
+  Staging image;        // copies of what is not borrowed
+  Staging ring;         // staging buffers
+  DeviceCopies copies;  // last: they end before the memory goes
+
+  // For shards with parts on a GPU.
+  void pin();
+  // Gives it back.
+  void clear();
 };
 
 // What is made once serves one save after the other.
@@ -55,7 +65,7 @@ class Shard {
   void lay_out(std::span<const CheckpointPart> parts, int64_t step);
 
   // Copies all that is not borrowed into the image and takes its checksums, on all threads. After it only borrowed
-  // memory is read.
+  // memory is read, and that of GPUs before the work that their streams are given next.
   void snapshot();
 
   // Creates `directory/name` and writes all bytes; the length is set, the file synced and closed. `released` is called
@@ -82,14 +92,25 @@ class Shard {
     bool copied;                      // into the image, with its checksums
     bool in_place;                    // written from where it is, where it can be
     std::vector<uint32_t> checksums;  // of the chunks; one for the whole header
+
+    Device device() const noexcept { return part != nullptr ? part->device : Device{}; }
+  };
+
+  // A part of a segment on its way from a GPU to a staging buffer.
+  struct Fetch {
+    Segment* segment;
+    uint64_t at;
+    std::span<const std::byte> to;
   };
 
   bool fits(std::span<const CheckpointPart> parts) const noexcept;
   void lay_out_anew();
   uint64_t chunk_of(const Segment& segment) const noexcept { return segment.part != nullptr ? kChunk : file_bytes_; }
+  void order_copies();
   void pass(Segment& segment, uint64_t at, uint64_t length, std::byte* copy_to);
+  void take_checksums(Segment& segment, uint64_t at, std::span<const std::byte> bytes, std::byte* copy_to) const;
   uint64_t in_place(size_t index, uint64_t position, uint64_t block) const noexcept;
-  uint64_t stage(size_t index, uint64_t position, uint64_t block, std::byte* out);
+  uint64_t stage(size_t index, uint64_t position, uint64_t block, std::byte* out, std::vector<Fetch>& fetches);
 
   ShardMemory& memory_;
   std::vector<CheckpointPart> parts_;
@@ -100,6 +121,7 @@ class Shard {
   uint64_t file_bytes_ = 0;
   uint64_t borrowed_bytes_ = 0;
   std::string engine_;
+  std::vector<Event> image_fetched_;  // when the image is whole
 };
 
 // Writes `text` as a new durable file.

@@ -26,13 +26,15 @@ Tensor Tensor::empty(std::shared_ptr<Pool> pool, std::span<const int64_t> shape,
              length, " long on axis ", axis, ", of ", dtype_name(dtype), " has more bytes than 64 bits can count");
     stride *= length;
   }
-  if (view.numel() == 0) return {view, nullptr};
+  if (view.numel() == 0) return {view, nullptr, pool->device()};
 
   const auto size = static_cast<size_t>(bytes);
+  const Device device = pool->device();
   view.data = pool->allocate(size);
   // If the shared_ptr cannot be made, it calls the deleter.
-  return {view, std::shared_ptr<void>(view.data,
-                                      [pool = std::move(pool), size](void* data) { pool->deallocate(data, size); })};
+  std::shared_ptr<void> owner(view.data,
+                              [pool = std::move(pool), size](void* data) { pool->deallocate(data, size); });
+  return {view, std::move(owner), device};
 }
 
 }  // namespace ng

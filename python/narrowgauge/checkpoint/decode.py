@@ -23,7 +23,18 @@ from narrowgauge._patterns import matches
 from narrowgauge.checkpoint import tensors, values
 from narrowgauge.checkpoint.shards import Box
 from narrowgauge.checkpoint.state import NARROWED, PerRank
-from narrowgauge.checkpoint.tensors import FILE_BYTES, TORCH_FORMS, TORCH_TAGS, Form, Library, dense_strides, span_of
+from narrowgauge.checkpoint.tensors import (
+    FILE_BYTES,
+    OWN_AXES,
+    OWN_DTYPES,
+    OWN_TAG,
+    TORCH_FORMS,
+    TORCH_TAGS,
+    Form,
+    Library,
+    dense_strides,
+    span_of,
+)
 from narrowgauge.checkpoint.values import ROOT, Attribute, Node, Place, corrupt, decode_lengths, decode_value, show
 from narrowgauge.qtensor import FILE_DTYPES, Canonical, QTensor, canonical_parts
 
@@ -145,6 +156,8 @@ class Reader:
             return LEFT_OUT
         if tag == "QTensor":
             return self.matrix(node, place)
+        if tag == OWN_TAG:
+            return self.own_tensor(node, place)
         if tag in TORCH_TAGS or (tag == "numpy" and len(node) == 4):
             return self.tensor(node, place)
         if self.library == "numpy" and tag in ("torch.Size", "torch.dtype", "torch.device"):
@@ -315,6 +328,29 @@ class Reader:
             if parsed.library.name == "torch" and (parameter or grad):
                 array = parsed.library.trained(array, parameter, grad)
             self.made[key] = array
+        return self.made[key]
+
+    def parse_own_tensor(self, node: Node, place: Place) -> tuple[str, tuple[int, ...], str]:
+        """Dtype, shape and place in the files of an ng.Tensor."""
+        if len(node) != 4:
+            corrupt(place, f"'{OWN_TAG}' takes a dtype, a shape and a place in the files")
+        _, dtype, lengths, where = node
+        shape = decode_lengths(lengths, place)
+        if type(dtype) is not str or dtype not in OWN_DTYPES or len(shape) > OWN_AXES:
+            corrupt(place, f"no Tensor of {str(dtype)[:80]!r} with {len(shape)} axes here")
+        if (found := self.info(where, place)) != (TORCH_FORMS[dtype].file, shape):
+            corrupt(
+                place, f"'{where[:200]}' is {found[0]} {list(found[1])} in the files, expected {dtype} {list(shape)}"
+            )
+        return dtype, shape, where
+
+    def own_tensor(self, node: Node, place: Place) -> Any:
+        key = values.dump(node)
+        if key not in self.made:
+            dtype, shape, where = self.parse_own_tensor(node, place)
+            self.made[key] = tensor = _native.empty(list(shape), dtype, "cpu")
+            if tensor.nbytes:
+                self.requests.append(Request(where, None, tensor))
         return self.made[key]
 
     def array(self, node: TensorNode, place: Place) -> Array:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from narrowgauge.checkpoint.decode import MAPPINGS, SEQUENCES, Reader, Source
 from narrowgauge.checkpoint.values import ROOT, Attribute, Node, Place, decode_value, show, tag_of
 
-_TENSORS = ("torch", "numpy", "QTensor")
+_TENSORS = ("torch", "numpy", "Tensor", "QTensor")
 
 
 def outline(document: str, source: Source) -> Iterator[tuple[str, str]]:

@@ -145,7 +145,8 @@ class Files:
 
 
 def _address(array: Array) -> int:
-    return int(array.data_ptr() if is_torch(array) else array.__array_interface__["data"][0])
+    own = is_torch(array) or isinstance(array, _native.Tensor)
+    return int(array.data_ptr() if own else array.__array_interface__["data"][0])
 
 
 def _rank() -> int:

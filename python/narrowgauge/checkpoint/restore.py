@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
+from narrowgauge import _native
 from narrowgauge._arrays import Array, is_torch
 from narrowgauge.checkpoint import tensors, values
 from narrowgauge.checkpoint.decode import LEFT_OUT, MAPPINGS, SEQUENCES, Reader, Request, Source, TensorNode
 from narrowgauge.checkpoint.shards import Box, dtensor_type, part_of
 from narrowgauge.checkpoint.state import PerRank
-from narrowgauge.checkpoint.tensors import TORCH_TAGS, dense_strides
+from narrowgauge.checkpoint.tensors import OWN_TAG, TORCH_TAGS, dense_strides
 from narrowgauge.checkpoint.values import ROOT, Attribute, Node, Place, decode_value, show
 from narrowgauge.qtensor import QTensor
 
@@ -74,6 +75,8 @@ class _Restorer(Reader):
             return self.into_own(node, target, place, name, chosen)
         if tag == "QTensor":
             return self.into_matrix(node, target, place)
+        if tag == OWN_TAG:
+            return self.into_own_tensor(node, target, place)
         if _is_tensor_node(node):
             return self.into_tensor(node, target, place)
         if type(target) in _CONTAINERS or _holds_tensors(target):
@@ -163,8 +166,10 @@ class _Restorer(Reader):
         if library.name == "torch":
             if not is_torch(target):
                 _mismatch(place, has, _kind(target))
-            if target.device.type != "cpu" or target.layout is not library.torch.strided:
-                raise ValueError(f"{show(place)} is {target.layout} on {target.device}, expected strided on cpu")
+            if target.device.type not in ("cpu", "cuda") or target.layout is not library.torch.strided:
+                raise ValueError(
+                    f"{show(place)} is {target.layout} on {target.device}, expected strided on cpu or cuda"
+                )
         elif type(target) is not library.numpy.ndarray:
             _mismatch(place, has, _kind(target))
         elif not target.flags.writeable:
@@ -179,12 +184,31 @@ class _Restorer(Reader):
             self.fill(parsed, local, box, place)
         return target
 
+    def into_own_tensor(self, node: Node, target: Any, place: Place) -> Any:
+        dtype, shape, where = self.parse_own_tensor(node, place)
+        has = f"a Tensor of {dtype} {list(shape)}"
+        if type(target) is not _native.Tensor:
+            _mismatch(place, has, _kind(target))
+        if (target.dtype, target.shape) != (dtype, shape):
+            _mismatch(place, has, f"one of {target.dtype} {list(target.shape)}")
+        if target.read_only or not target.is_contiguous():
+            raise ValueError(f"{show(place)} is a read-only Tensor or not dense, expected one that can be filled")
+        if target.nbytes and target.device == "cpu":
+            begin = target.data_ptr()
+            self.targets.append((begin, begin + target.nbytes, where, place))
+            self.requests.append(Request(where, None, target))
+        elif target.nbytes:
+            staging = _native.empty(list(shape), dtype, "cpu")
+            self.requests.append(Request(where, None, staging))
+            self.after.append(partial(target.copy_from, staging))
+        return target
+
     def fill(self, node: TensorNode, local: Array, box: Box | None, place: Place) -> None:
         """Fills `local` with a box of a tensor."""
         library, form, where = node.library, node.form, node.where
         if type(where) is str and local.nbytes > (span := library.span(local)).end - span.begin:
             raise ValueError(f"{show(place)} overlaps itself in the state, but not in the checkpoint")
-        direct = library.is_dense(local) and library.is_plain(local)
+        direct = library.is_dense(local) and library.is_plain(local) and not (is_torch(local) and local.is_cuda)
         if direct:
             begin, end = library.span(local)
             self.targets.append(
@@ -254,7 +278,7 @@ _CONTAINERS = (*MAPPINGS.values(), *SEQUENCES.values(), PerRank)
 
 def _is_tensor_node(node: Node) -> bool:
     tag = values.tag_of(node, ROOT)
-    return tag in TORCH_TAGS or (tag == "numpy" and len(node) == 4)
+    return tag in TORCH_TAGS or tag == OWN_TAG or (tag == "numpy" and len(node) == 4)
 
 
 def _node_holds_tensors(node: Node) -> bool:

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from narrowgauge._arrays import FLOATS, Array, is_torch
-from narrowgauge._native import Format
+from narrowgauge._native import Format, Tensor
 from narrowgauge._patterns import matches
 from narrowgauge.checkpoint.shards import Box, Part, dtensor_type, part_of
 from narrowgauge.checkpoint.sharing import Held, overlapping
-from narrowgauge.checkpoint.tensors import TORCH_TAGS, Form, Library, library
+from narrowgauge.checkpoint.tensors import OWN_TAG, TORCH_FORMS, TORCH_TAGS, Form, Library, library
 from narrowgauge.checkpoint.values import ROOT, Attribute, Node, Place, check_depth, encode_value, show
 from narrowgauge.qtensor import FILE_DTYPES, Canonical, QTensor, canonical_parts, quantize
 
@@ -53,7 +53,7 @@ class Stored:
     dtype: str  # safetensors' name
     shape: tuple[int, ...]  # of the whole tensor
     box: Box | None  # the part that is here: (begin, end) per axis; None: all of it
-    array: Array  # that part, on the host, perhaps not dense; uint8 where DLPack has no such dtype, or numpy's uint16
+    array: Array  # that part, perhaps not dense; uint8 where DLPack has no such dtype, or numpy's uint16
     sources: tuple[Array, ...]  # the state's tensors whose memory `array` is; none where encode made it
 
 
@@ -109,6 +109,7 @@ class _Encoder:
             list: encoder.sequence,
             tuple: encoder.sequence,
             QTensor: encoder.matrix,
+            Tensor: encoder.own_tensor,
             PerRank: encoder.per_rank,
         }
         if sys.modules.get("numpy") is not None:
@@ -204,7 +205,7 @@ class _Encoder:
 
     def torch_tensor(self, value: Any, name: str, place: Place, depth: int) -> Node:
         form = self.torch.forms.get(value.dtype)
-        if form is None or not value.is_cpu or value.layout is not self.strided or value.is_nested:
+        if form is None or not (value.is_cpu or value.is_cuda) or value.layout is not self.strided or value.is_nested:
             self.refuse(value, place)
         grad = value.requires_grad
         array = value.detach() if grad else value
@@ -222,6 +223,17 @@ class _Encoder:
             begin, end = self.torch.span(array)
             how = (begin, form.name, *shape, array.stride())
         return self.keep(self.torch, array, form, node, how, begin, end, dense, sources, name, place)
+
+    def own_tensor(self, value: Tensor, name: str, place: Place, depth: int) -> Node:
+        """Stored as it is, never narrowed; one that is there twice is stored once."""
+        form = TORCH_FORMS[value.dtype]
+        how = ("Tensor", value.device, value.data_ptr(), form.name, value.shape) if value.nbytes else id(value)
+        if (held := self.seen.get(how)) is None:
+            stored = Stored(self.reserve(name), form.file, value.shape, None, value, (value,))
+            self.tensors.append(stored)
+            node = [OWN_TAG, form.name, [*value.shape], stored.name]
+            held = self.seen[how] = Held(0, 0, True, len(self.seen), value, form, place, [node], stored)
+        return held.nodes[0]
 
     def numpy_array(self, value: Any, name: str, place: Place, depth: int) -> Node:
         form = self.numpy.form(value.dtype)
@@ -241,7 +253,7 @@ class _Encoder:
         part = part_of(value, place)
         local = part.array
         form = self.torch.forms.get(local.dtype)
-        if form is None or not local.is_cpu or local.layout is not self.strided:
+        if form is None or not (local.is_cpu or local.is_cuda) or local.layout is not self.strided:
             self.refuse(local, place)
         tag = _TAGS[isinstance(value, self.parameter), value.requires_grad]
         node = [tag, form.name, [*value.shape], None]
@@ -296,8 +308,8 @@ class _Encoder:
         return node
 
     def refuse(self, value: Any, place: Place) -> NoReturn:
-        if value.device.type != "cpu":
-            raise ValueError(f"{show(place)} is on device {value.device}, expected cpu")
+        if value.device.type not in ("cpu", "cuda"):
+            raise ValueError(f"{show(place)} is on device {value.device}, expected cpu or cuda")
         kind, hint = f"of {value.dtype}", "give it in another dtype"
         if value.is_quantized:
             hint = "give its int_repr() and its scales"
@@ -311,9 +323,10 @@ class _Encoder:
 
     def matrix(self, value: QTensor, name: str, place: Place, depth: int) -> Node:
         if (node := self.matrices.get(id(value))) is None:
-            canonical = value.canonical()
+            here = value.to("cpu")
+            canonical = here.canonical()
             kind = "torch" if is_torch(canonical.codes) else "numpy"
-            parts = self.add_matrix(value, canonical, name, new=value.is_packed)
+            parts = self.add_matrix(here, canonical, name, new=value.is_packed or here is not value)
             node = ["QTensor", kind, value.is_packed, str(value.format), [*value.shape], parts]
             self.matrices[id(value)] = node
         return node
@@ -389,6 +402,11 @@ class _Encoder:
         whole = [held for held in group if held.dense and held.end - held.begin == end - begin]
         if whole:
             base: Stored = whole[0].stored
+        elif source.name == "torch" and first.array.is_cuda:
+            raise ValueError(
+                f"{show(first.place)} and {show(group[-1].place)} share memory on a GPU, and neither is all of it; "
+                "give the tensor that they are views of too, or copies"
+            )
         else:
             flat = source.view_memory(begin, end, [held.array for held in group])
             form = first.form

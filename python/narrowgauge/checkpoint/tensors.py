@@ -172,6 +172,12 @@ TORCH_TAGS = {
 }
 
 
+# ng.Tensors: their tag, their dtypes, which are called as torch's, and the most axes that they have.
+OWN_TAG = "Tensor"
+OWN_DTYPES = frozenset(_TORCH_DTYPES) - {"complex64"}
+OWN_AXES = 8
+
+
 class TorchLibrary(Library):
     name = "torch"
 

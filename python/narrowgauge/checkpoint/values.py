@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from narrowgauge import _arrays
-from narrowgauge.checkpoint.tensors import TORCH_TAGS, numpy_dtype, numpy_dtype_name
+from narrowgauge.checkpoint.tensors import OWN_TAG, TORCH_TAGS, numpy_dtype, numpy_dtype_name
 from narrowgauge.errors import FileCorrupt
 
 Node = Any
@@ -351,7 +351,7 @@ def word(node: Node) -> str:
     if tag in ("dict", "Counter", "OrderedDict", "list", "tuple"):
         count = len(node) - (2 if tag == "OrderedDict" else 1)
         return f"a {tag} of {count // 2 if tag not in ('list', 'tuple') else count}"
-    if tag in TORCH_TAGS or (tag == "numpy" and len(node) == 4):
+    if tag in TORCH_TAGS or tag == OWN_TAG or (tag == "numpy" and len(node) == 4):
         where = node[3] if type(node[3]) is str else " ".join(map(str, node[3]))
         return f"a tensor of {node[1]} {node[2]} ({tag}, stored as {where[:80]})"
     if tag in ("QTensor", "PerRank"):

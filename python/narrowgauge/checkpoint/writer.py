@@ -127,7 +127,9 @@ class Checkpointer:
     def save(self, step: int, state: Any, *, mode: str | None = None, overwrite: bool = False) -> bool:
         """Starts to save `state` as `step`; returns once it may change, True, or False if it was skipped.
 
-        state: dicts, lists, tuples and other plain values with torch tensors, numpy arrays and QTensors at any depth.
+        state: dicts, lists, tuples and other plain values with torch tensors, numpy arrays, ng.Tensors and QTensors at
+        any depth. What lies on a GPU is copied in the background, in the order of its current stream: work that the
+        stream is given after save() waits for that copy, save() does not.
         overwrite: replace the step if it exists; the new one is committed before the old one goes.
 
         What the save before failed with is raised here. TypeError or ValueError, with the place in the state, for what
@@ -332,8 +334,8 @@ def _prepare(
     watched: list[tuple[str, Any]] = []
     held: list[Any] = []
     copies: list[Any] = []  # dense ones, until the native writer has copied them
-    # A stored tensor: its address, bytes per element, whether it is borrowed, whether it is written in place.
-    dense: dict[int, tuple[int, int, bool, bool]] = {}
+    # A stored tensor: its address, bytes per element, whether it is borrowed, whether it is written in place, its GPU.
+    dense: dict[int, tuple[int, int, bool, bool, tuple[int, int]]] = {}
     part_of: dict[int, int] = {}
     for region in agreed.regions[rank]:
         if region.stored not in dense:
@@ -344,18 +346,18 @@ def _prepare(
                 watched.extend((stored.name, source) for source in stored.sources)
             (held if borrowed else copies).append(array)
             in_place = borrowed and _within(stored, adopted)
-            dense[region.stored] = (_address(array), FILE_BYTES[stored.dtype], borrowed, in_place)
+            dense[region.stored] = (_address(array), FILE_BYTES[stored.dtype], borrowed, in_place, _gpu(array))
             part_of[region.stored] = len(parts)
-        address, itemsize, borrowed, in_place = dense[region.stored]
+        address, itemsize, borrowed, in_place, gpu = dense[region.stored]
         name, dtype, shape = agreed.tensors[region.tensor]
         flat, bounds = _bounds(region, shape)
         start, size = region.start * itemsize, (region.stop - region.start) * itemsize
-        parts.append((name, dtype, shape, flat, bounds, address + start, size, borrowed, in_place))
+        parts.append((name, dtype, shape, flat, bounds, address + start, size, borrowed, in_place, *gpu))
     if rank == 0:  # tensors without elements belong to nobody's regions
         written = {region.tensor for regions in agreed.regions for region in regions}
         for index, (name, dtype, shape) in enumerate(agreed.tensors):
             if index not in written:
-                parts.append((name, dtype, shape, False, [(0, length) for length in shape], 0, 0, False, False))
+                parts.append((name, dtype, shape, False, [(0, length) for length in shape], 0, 0, False, False, -1, 0))
     return _Prepared(agreed.document, _native.CheckpointParts(parts), watched, part_of, held, tuple(copies))
 
 
@@ -369,15 +371,27 @@ def _within(stored: Stored, storages: frozenset[int]) -> bool:
 
 def _dense(array: Any) -> Any:
     """`array`, or a dense copy of it."""
-    if is_torch(array):
-        return array if array.is_contiguous() else array.contiguous()
+    if is_torch(array) or isinstance(array, _native.Tensor):
+        return array.contiguous()
     return array if array.flags.c_contiguous else array.copy(order="C")
 
 
 def _address(array: Any) -> int:
-    if is_torch(array):
+    if is_torch(array) or isinstance(array, _native.Tensor):
         return int(array.data_ptr())
     return int(array.__array_interface__["data"][0])
+
+
+def _gpu(array: Any) -> tuple[int, int]:
+    """The index of the GPU that an array is on and the stream that its work goes to; (-1, 0) on the host."""
+    if isinstance(array, _native.Tensor) and array.device != "cpu":
+        gpu = int(array.device.removeprefix("cuda:"))
+        return gpu, _native.current_stream(gpu).handle
+    if is_torch(array) and array.is_cuda:
+        import torch
+
+        return array.device.index, torch.cuda.current_stream(array.device).cuda_stream
+    return -1, 0
 
 
 def _bounds(region: Region, shape: tuple[int, ...]) -> tuple[bool, list[tuple[int, int]]]:

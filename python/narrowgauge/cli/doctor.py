@@ -176,22 +176,23 @@ def _may_lock_memory() -> bool:
 
 
 def optional_parts() -> list[Finding]:
-    """What later versions can use, looked for and not used by this one."""
+    """What this machine may lack: GPUs, and what later versions can use."""
     nccl = _library("nccl", "libnccl.so.2") or _package("nvidia.nccl")
     mpi = shutil.which("mpirun") or _package("mpi4py")
     later = "; not used by this version"
     return [
-        _cuda(later),
-        Finding("nvcc", (nvcc := shutil.which("nvcc")) is not None, nvcc or "not on PATH",
-                "building GPU kernels from source" + later),
+        _cuda(),
+        Finding("CUDA kernels", bool(kernels := ng.cuda.architectures()),
+                kernels or "built without nvcc: install CUDA 12.8 or later and build narrowgauge again",
+                "quantize and dequantize on NVIDIA GPUs"),
         Finding("NCCL", nccl is not None, nccl or "no libnccl.so.2, no nvidia-nccl package",
                 "narrow collectives between GPUs" + later),
         Finding("MPI", mpi is not None, mpi or "no mpirun on PATH, no mpi4py", "collectives over MPI" + later),
     ]  # fmt: skip
 
 
-def _cuda(later: str) -> Finding:
-    enables = "narrow layers on NVIDIA GPUs" + later
+def _cuda() -> Finding:
+    enables = "tensors, pools and narrow formats on NVIDIA GPUs"
     if reason := ng.cuda.why_unavailable():
         return Finding("CUDA driver", False, reason, enables)
     devices = ", ".join(
