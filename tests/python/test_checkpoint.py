@@ -440,6 +440,7 @@ ck.save(1, {{"a": torch.ones(10)}})
 def test_ctrl_c_reaches_a_waiting_process(tmp_path: Path) -> None:
     code = f"""
 import narrowgauge as ng, os, signal, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 ck = ng.Checkpointer({str(tmp_path)!r}, progress=lambda done, total: time.sleep(2))
 ck.save(1, {{"a": b"x"}})
 threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()

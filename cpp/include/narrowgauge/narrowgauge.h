@@ -1,4 +1,4 @@
-/* The C interface: narrow matrices behind opaque handles, for other languages and engines.
+/* The C interface: narrow matrices behind opaque handles, for other languages and engines; on a GPU plain addresses.
  *
  * It offers what quantize.hpp and linear.hpp do, in the same words. It is part of the static library; C programs
  * link the C++ runtime too (CMake and pkg-config see to it).
@@ -26,7 +26,8 @@ typedef enum ng_status {
   NG_OUT_OF_MEMORY = 2,
   NG_SYSTEM_ERROR = 3, /* the operating system refused */
   NG_FILE_CORRUPT = 4, /* a file is not what it claims to be */
-  NG_INTERNAL = 5      /* anything else: please report it */
+  NG_INTERNAL = 5,     /* anything else: please report it */
+  NG_CUDA_ERROR = 6    /* there is no GPU, or the driver or a kernel failed */
 } ng_status;
 
 typedef enum ng_dtype { NG_F32 = 0, NG_F16 = 1, NG_BF16 = 2 } ng_dtype;
@@ -99,6 +100,39 @@ ng_status ng_dequantize(const ng_qtensor* tensor, const ng_tensor* out);
 
 /* y = x @ w.T + bias: x [.., K], packed weights [N, K], bias null or [N], y [.., N]. x and y must not overlap. */
 ng_status ng_linear(const ng_tensor* x, const ng_qtensor* weights, const ng_tensor* bias, const ng_tensor* y);
+
+/* --- on a GPU ----------------------------------------------------------------------------------------------------
+ *
+ * Pointers in these are addresses of cuda:`device`, and work goes to `stream`, a CUstream or cudaStream_t of that
+ * device (null: the default one), in whose order it runs; ng_cuda_synchronize() alone waits. They may be captured into
+ * a CUDA graph. Memory is the caller's; nothing is allocated.
+ */
+
+/* Why no GPU can be used; "" if one can. */
+const char* ng_why_no_cuda(void);
+
+/* The arrays of a canonical matrix, as quantize.hpp lays them out. zeros and global_scale are null unless the format
+ * has them. */
+typedef struct ng_canonical {
+  int64_t rows, cols;
+  uint8_t* codes;
+  void* scales;
+  uint8_t* zeros;
+  float* global_scale;
+} ng_canonical;
+
+/* Bytes of codes, scales, zeros and global_scale, 0 for one that the format has not. */
+ng_status ng_canonical_bytes(const char* format, int64_t rows, int64_t cols, int64_t bytes[4]);
+
+/* As ng_quantize and ng_dequantize. search_mse is for the CPU only; NaN and Inf in the weights are reported by the next
+ * ng_cuda_synchronize() of the device, as NG_INVALID_ARGUMENT. */
+ng_status ng_cuda_quantize(const ng_tensor* weights, const char* format, const ng_quantize_options* options,
+                           const ng_canonical* out, int32_t device, void* stream);
+ng_status ng_cuda_dequantize(const char* format, const ng_canonical* matrix, const ng_tensor* out, int32_t device,
+                             void* stream);
+
+/* Waits for the stream and says what went wrong on the device. */
+ng_status ng_cuda_synchronize(int32_t device, void* stream);
 
 #ifdef __cplusplus
 }

@@ -12,6 +12,7 @@
 #include "narrowgauge/error.hpp"
 #include "narrowgauge/linear.hpp"
 #include "narrowgauge/quantize.hpp"
+#include "narrowgauge/stream.hpp"
 
 static_assert(NG_F32 == static_cast<int>(ng::DType::f32));
 static_assert(NG_F16 == static_cast<int>(ng::DType::f16));
@@ -56,6 +57,8 @@ ng_status guarded(const Body& body) noexcept {
     return fail(NG_SYSTEM_ERROR, error.what());
   } catch (const ng::FileCorrupt& error) {
     return fail(NG_FILE_CORRUPT, error.what());
+  } catch (const ng::CudaError& error) {
+    return fail(NG_CUDA_ERROR, error.what());
   } catch (const std::bad_alloc&) {
     return fail(NG_OUT_OF_MEMORY, "out of memory");
   } catch (const std::exception& error) {
@@ -104,6 +107,14 @@ ng::QuantizeOptions options_of(const ng_quantize_options* options) {
           .stochastic = options->stochastic != 0,
           .seed = options->seed};
 }
+
+ng::CanonicalView canonical_of(const char* format, const ng_canonical* matrix, const char* name) {
+  const ng_canonical& source = checked(matrix, name);
+  return {ng::Format::parse(&checked(format, "format")), source.rows,  source.cols,        source.codes,
+          source.scales,                                source.zeros, source.global_scale};
+}
+
+ng::Stream stream_of(int32_t device, void* stream) { return {device, static_cast<CUstream_st*>(stream)}; }
 
 }  // namespace
 
@@ -216,4 +227,41 @@ ng_status ng_linear(const ng_tensor* x, const ng_qtensor* weights, const ng_tens
     if (bias != nullptr) bias_view = view_of(bias, "bias");
     ng::linear(input, packed, bias_view ? &*bias_view : nullptr, output, ng::default_executor());
   });
+}
+
+// --- on a GPU ----------------------------------------------------------------------------------------------------
+
+const char* ng_why_no_cuda(void) {
+  static const std::string reason = ng::why_no_cuda();
+  return reason.c_str();
+}
+
+ng_status ng_canonical_bytes(const char* format, int64_t rows, int64_t cols, int64_t bytes[4]) {
+  return guarded([&] {
+    checked(bytes, "bytes");
+    const ng::CanonicalBytes sizes = ng::canonical_bytes(ng::Format::parse(&checked(format, "format")), rows, cols);
+    bytes[0] = sizes.codes;
+    bytes[1] = sizes.scales;
+    bytes[2] = sizes.zeros;
+    bytes[3] = sizes.global_scale;
+  });
+}
+
+ng_status ng_cuda_quantize(const ng_tensor* weights, const char* format, const ng_quantize_options* options,
+                           const ng_canonical* out, int32_t device, void* stream) {
+  return guarded([&] {
+    ng::quantize(view_of(weights, "weights"), canonical_of(format, out, "out"), options_of(options),
+                 stream_of(device, stream));
+  });
+}
+
+ng_status ng_cuda_dequantize(const char* format, const ng_canonical* matrix, const ng_tensor* out, int32_t device,
+                             void* stream) {
+  return guarded([&] {
+    ng::dequantize(canonical_of(format, matrix, "matrix"), view_of(out, "out"), stream_of(device, stream));
+  });
+}
+
+ng_status ng_cuda_synchronize(int32_t device, void* stream) {
+  return guarded([&] { stream_of(device, stream).synchronize(); });
 }
