@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Iterator
 
 from .ptx import (
     WIDTH,
@@ -133,7 +134,8 @@ class _Parser:
         self.kernel: Kernel | None = None
         self.scopes = _Scopes()
         self.depth = 0  # open braces of the kernel
-        self.source: tuple[int, int] | None = None
+        self.source: tuple[tuple[int, int], ...] = ()
+        self.inlined_at: dict[tuple[str, ...], tuple[str, ...]] = {}  # file, line and column of a call's caller
 
     def parse(self) -> Module:
         self._advance(_BLANK.match(self.text, self.at).end())
@@ -185,9 +187,22 @@ class _Parser:
     def _line_directive(self, match: re.Match[str]) -> None:
         words = match.group(2).split()
         if match.group(1) == "loc":
-            self.source = (int(words[0]), int(words[1]))
+            self.source = tuple(self._inlining(words))
         else:
             self.module.files[int(words[0])] = match.group(2).split('"')[1]
+
+    def _inlining(self, words: list[str]) -> Iterator[tuple[int, int]]:
+        """The place that a .loc names, and the calls that it was inlined at, innermost first."""
+        place: tuple[str, ...] | None = tuple(words[:3])
+        self.inlined_at.pop(place, None)
+        if "inlined_at" in words:
+            at = words.index("inlined_at") + 1
+            self.inlined_at[place] = tuple(words[at : at + 3])
+        seen = set()
+        while place is not None and place not in seen:
+            seen.add(place)
+            yield int(place[0]), int(place[1])
+            place = self.inlined_at.get(place)
 
     def _directive(self, match: re.Match[str]) -> None:
         name, value = match.group(1), match.group(2).strip()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 # Bits of each fundamental type.
 WIDTH = {
@@ -91,7 +92,7 @@ class Instruction:
     args: list[Operand]
     guard: Reg | None
     line: int  # in the PTX text
-    source: tuple[int, int] | None = None  # number of the CUDA file, line
+    source: tuple[tuple[int, int], ...] = ()  # number of the CUDA file and line, then where that was inlined
     text: str = ""
     target: int = -1  # of a branch: index into Kernel.code
 
@@ -125,6 +126,12 @@ class Kernel:
     code: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     directives: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def accumulators(self) -> frozenset[str]:
+        """The registers that wgmma writes to."""
+        multiplications = (ins.args[:1] for ins in self.code if ins.op.startswith("wgmma.mma_async"))
+        return frozenset(name for target in multiplications for name in registers_of(target))
 
 
 @dataclass
@@ -169,10 +176,21 @@ def items(operand: Operand) -> tuple[Operand, ...]:
 
 def symbols(operands: Iterable[Operand]) -> Iterator[str]:
     """The names of all variables that operands refer to."""
+    return (operand.name for operand in _leaves(operands) if isinstance(operand, Sym))
+
+
+def registers_of(operands: Iterable[Operand]) -> Iterator[str]:
+    """The names of all registers that operands refer to."""
+    return (operand.name for operand in _leaves(operands) if isinstance(operand, Reg))
+
+
+def _leaves(operands: Iterable[Operand]) -> Iterator[Operand]:
     for operand in operands:
-        if isinstance(operand, Sym):
-            yield operand.name
-        elif isinstance(operand, Addr):
-            yield from symbols([operand.base])
+        if isinstance(operand, Addr):
+            yield from _leaves([operand.base])
         elif isinstance(operand, Vec):
-            yield from symbols(operand.items)
+            yield from _leaves(operand.items)
+        elif isinstance(operand, Pair):
+            yield from _leaves([operand.first, operand.second])
+        else:
+            yield operand

@@ -64,9 +64,8 @@ class Scheduler:
                     spins += 1
                     if self.turn > self.m.launch.max_steps:
                         raise self._endless()
-        if self.m.pending.copies:
-            copy = self.m.pending.copies[0]
-            self.m.hazard("asynchronous copies were never waited for", copy.ins, copy.lanes[0])
+        for ins, lane in self.m.pending.unfinished():
+            self.m.hazard("asynchronous operation was never waited for", ins, lane)
 
     def _enqueue(self, pc: int, mask: np.ndarray) -> None:
         if pc in self.runnable:
@@ -275,9 +274,9 @@ class Scheduler:
         m.shared.block_barrier(block, np.nonzero(warps)[0], m.now, everyone=not missing.any())
         m.counters.barriers += 1
         if len(arrivals.waiting) > 1:
-            pc = max(arrivals.waiting)
-            lane = int(np.argmax(arrivals.waiting[pc]))
-            m.hazard("one barrier is reached at different instructions", self.code[pc], lane)
+            first, last = min(arrivals.waiting), max(arrivals.waiting)
+            other, lane = (int(np.argmax(arrivals.waiting[pc])) for pc in (first, last))
+            m.hazard("one barrier is reached at different instructions", self.code[last], lane, other=other)
         for pc, mask in arrivals.waiting.items():
             self._reduce(self.steps[pc], mask)
             self._enqueue(pc + 1, mask)
@@ -314,7 +313,10 @@ class Scheduler:
         return SimError(f"{self.m.kernel.name}: deadlock\n  " + "\n  ".join(lines[:12]))
 
     def _endless(self) -> SimError:
-        places = "\n  ".join(f"{int(mask.sum())} lanes at {self._place(pc)}" for pc, mask in self.runnable.items())
+        places = "\n  ".join(
+            f"{int(mask.sum())} lanes, {self.m.thread_name(int(np.argmax(mask)))} among them, at {self._place(pc)}"
+            for pc, mask in self.runnable.items()
+        )
         return SimError(f"{self.m.kernel.name}: no end after {self.turn} turns of the scheduler\n  {places}")
 
     def _place(self, pc: int) -> str:

@@ -82,7 +82,7 @@ def test_bank_conflicts(program: simgpu.Program) -> None:
 @pytest.mark.parametrize(
     "rows_x, rows_y, readonly, message",
     [
-        (32, 64, False, "out-of-bounds cp.async read of 16 bytes at 0x.*its byte 4096.* by block .* thread"),
+        (32, 64, False, "out-of-bounds global cp.async read of 16 bytes at 0x.*its byte 4096.* by block .* thread"),
         (64, 63, False, "out-of-bounds global write of 8 bytes"),
         (64, 64, True, "write of 8 bytes to read-only memory"),
     ],

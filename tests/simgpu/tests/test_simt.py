@@ -123,7 +123,7 @@ def test_absent_lane(program: simgpu.Program, device: simgpu.Device) -> None:
 def test_endless_loop(program: simgpu.Program, device: simgpu.Device) -> None:
     held, entered = device.array(np.ones(1, np.int32)), device.zeros(1, np.int32)
     with pytest.raises(
-        simgpu.SimError, match=r"lock: no end after \d+ turns of the scheduler\n  \d+ lanes at PTX line"
+        simgpu.SimError, match=r"lock: no end after \d+ turns of the scheduler\n  \d+ lanes, block .* at PTX line"
     ):
         program.launch("lock", 1, 32, [held, entered], device, max_steps=100)
 

@@ -59,9 +59,11 @@ def decode(m: Machine, ins: Instruction) -> Step:
         step = INSTRUCTIONS[ins.base](m, ins)
     except (KeyError, IndexError, AttributeError, ValueError, StopIteration) as error:
         raise m.unsupported(ins, f"this form of {ins.base}") from error
-    if ins.guard is None or not callable(step):
+    if not callable(step):
         return step
-    return _guarded(m, ins, step)
+    if ins.base != "wgmma":
+        step = wgmma.watch_accumulators(m, ins, step)
+    return step if ins.guard is None else _guarded(m, ins, step)
 
 
 def _guarded(m: Machine, ins: Instruction, operation: Operation) -> Operation:
