@@ -10,6 +10,9 @@ constexpr int kThreads = 128;
 #define INDEX const int t = threadIdx.x, i = blockIdx.x * kThreads + t
 
 __device__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+__device__ void cp_async(float* to, const float* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
 __device__ void mbarrier_init(uint64_t* barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
 }
@@ -252,7 +255,7 @@ KERNEL(endless_loop) {
 KERNEL(cp_async_without_wait) {
   INDEX;
   __shared__ float s[kThreads];
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(s + t)), "l"(in + i) : "memory");
+  cp_async(s + t, in + i);
   if (!kBroken) asm volatile("cp.async.wait_all;" ::: "memory");
   out[i] = s[t];  // fault
 }
@@ -260,8 +263,7 @@ KERNEL(cp_async_without_wait) {
 KERNEL(cp_async_never_waited) {
   INDEX;
   __shared__ float s[kThreads];
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(s + t)), "l"(in + i)
-               : "memory");  // fault
+  cp_async(s + t, in + i);  // fault
   if (!kBroken) asm volatile("cp.async.wait_all;" ::: "memory");
   out[i] = in[i];
 }

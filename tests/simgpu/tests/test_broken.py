@@ -1,4 +1,4 @@
-"""Every fault that README.md lists, planted in a kernel: it fails by default, with its place. The repaired twin is clean."""
+"""Each fault that README.md lists, in a kernel of its own: found by default, with its place; clean once repaired."""
 
 from __future__ import annotations
 
