@@ -70,6 +70,7 @@ class Launch:
         self.params = _pack(kernel, args)
         self.files = module.files
         self.hazards: list[Hazard] = []
+        self.turns = 0  # of the scheduler, at most in a batch
         self.counters = Counters(len(kernel.code), count_memory)
         self._hazards_by_place: dict[tuple[str, int], Hazard] = {}
         self.writers = Writers(device.top, self.layout.store_granule) if cross_block and self.blocks > 1 else None

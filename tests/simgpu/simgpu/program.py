@@ -77,7 +77,9 @@ class Program:
         if batch is None:
             batch = max(1, _BATCH_LANES // ((launch.threads + 31) // 32 * 32))
         for first in range(0, launch.blocks, batch):
-            Scheduler(Machine(launch, range(first, min(launch.blocks, first + batch)))).run()
+            scheduler = Scheduler(Machine(launch, range(first, min(launch.blocks, first + batch))))
+            scheduler.run()
+            launch.turns = max(launch.turns, scheduler.turn)
         return launch
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import cases
 import numpy as np
 import pytest
 import simgpu
@@ -74,45 +75,13 @@ def test_block_reduction(program: simgpu.Program, device: simgpu.Device) -> None
     assert any(kind.startswith("read after write") for kind in kinds(launch))
 
 
-def test_atomics(program: simgpu.Program, device: simgpu.Device) -> None:
-    x = RNG.integers(0, 64, 5000).astype(np.int32)
-    counts = device.zeros(64, np.int32)
-    program.launch("hist", 1, 256, [device.array(x), counts, len(x)], device).clean()
-    assert (counts.get() == np.bincount(x, minlength=64)).all()
-    lock, entered = device.zeros(1, np.int32), device.zeros(1, np.int32)
-    program.launch("lock", 3, 40, [lock, entered], device)
-    assert entered.get()[0] == 120 and lock.get()[0] == 0
+def test_divergence(program: simgpu.Program) -> None:
+    assert cases.collatz.run(program).totals["divergent_branches"] > 0
 
 
-def test_divergence(program: simgpu.Program, device: simgpu.Device) -> None:
-    def steps(x: int) -> int:
-        count = 0
-        while x != 1:
-            x = 3 * x + 1 if x & 1 else x >> 1
-            count += 1
-        return count
-
-    x = RNG.integers(1, 1000, 300).astype(np.int32)
-    out = device.zeros(300, np.int32)
-    launch = program.launch("collatz", 5, 64, [device.array(x), out, 300], device).clean()
-    assert out.get().tolist() == [steps(value) for value in x.tolist()]
-    assert launch.totals["divergent_branches"] > 0
-
-
-def test_local_memory(program: simgpu.Program, device: simgpu.Device) -> None:
-    out = device.zeros(64, np.int32)
-    program.launch("local_array", 1, 64, [out, 20], device).clean()
-    assert out.get().tolist() == [sum(((k * 7) & 15) * thread for k in range(20)) for thread in range(64)]
-
-
-def test_warp_functions(program: simgpu.Program, device: simgpu.Device) -> None:
-    out = device.zeros((64, 4), np.uint32)
-    program.launch("warp_votes", 1, 64, [out], device).clean()
-    for thread, (ballot, match, total, count) in enumerate(out.get().tolist()):
-        warp = range(thread // 32 * 32, thread // 32 * 32 + 32)
-        assert ballot == sum(1 << (lane & 31) for lane in warp if lane % 3 == 0)
-        assert match == sum(1 << (lane & 31) for lane in warp if lane % 5 == thread % 5)
-        assert total == sum(warp) and count == 32
+@pytest.mark.parametrize("case", [cases.hist, cases.lock, cases.local_array, cases.warp_votes], ids=lambda c: c.kernel)
+def test_results(program: simgpu.Program, case: simgpu.Case) -> None:
+    case.run(program)
 
 
 def test_absent_lane(program: simgpu.Program, device: simgpu.Device) -> None:
