@@ -20,8 +20,7 @@ def _mutate(cases: list[Case]) -> int:
     for case in cases:
         for verdict in judge(case):
             survivors += verdict.survived
-            instruction = " ".join(verdict.instruction.split())
-            rows.append([verdict.outcome, case.kernel, verdict.source, instruction, verdict.reason])
+            rows.append([verdict.outcome, case.kernel, verdict.source, verdict.instruction, verdict.reason])
     print(report.table(("outcome", "kernel", "source", "without", "reason"), rows))
     print(f"\n{len(rows)} synchronisations of {len(cases)} kernels, {survivors} can be dropped unnoticed")
     return 1 if survivors else 0

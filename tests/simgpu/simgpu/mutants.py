@@ -1,7 +1,8 @@
 """Kernels with one synchronisation missing, to test tests with.
 
-A test that passes on such a mutant, without a hazard, does not test that synchronisation, or the kernel does not need
-it. One that is kept all the same has its reason beside it in the CUDA source, or on the line above:
+A synchronisation is one of the CUDA source: the copies that nvcc makes of it by unrolling are dropped together. A test
+that passes on such a mutant, without a hazard, does not test that synchronisation, or the kernel does not need it. One
+that is kept all the same has its reason beside it in the source, or on the line above:
 
     __threadfence();  // sync: orders the result before the flag, which this simulator cannot see
 """
@@ -17,32 +18,41 @@ from typing import Any
 from .cases import Case
 from .launch import Launch, SimError
 from .program import Program
-from .ptx import Instruction, Module
+from .ptx import Instruction, Kernel, Module
 
 _SYNCHRONISATION = re.compile(
-    r"\s*\{?\s*(@\S+\s+)?"
-    r"(bar\.(warp\.)?sync|barrier\.|cp\.async\.(bulk\.)?wait|wgmma\.wait_group|wgmma\.fence|mbarrier\.arrive|fence|membar)"
+    r"bar\.(warp\.)?(sync|arrive)|barrier\.(?!.*\bred\b)|cp\.async\.(bulk\.)?wait|wgmma\.(wait_group|fence)"
+    r"|mbarrier\.(arrive|try_wait|test_wait)|fence|membar"
 )
-_MBARRIER_WAIT = re.compile(r"(?P<before>\s*\{?\s*(@\S+\s+)?)mbarrier\.(try_wait|test_wait)\S*\s+(?P<done>[^\s,]+),")
+_MBARRIER_WAIT = re.compile(r"mbarrier\.\w+_wait\S*\s+([^\s,]+),")
 _EXCUSE = re.compile(r"//\s*sync:\s*(.+?)\s*$")
 
 
-def sync_mutants(text: str, kernel: str) -> Iterator[tuple[int, str, str]]:
-    """(PTX line, its text, the module without it) for every synchronising instruction of a kernel. A wait for an
-    mbarrier succeeds at once."""
-    lines = text.split("\n")
-    start = next((k for k, line in enumerate(lines) if ".entry " in line and kernel in line), None)
-    if start is None:
-        raise KeyError(f"no kernel of the module is named {kernel}")
-    end = next((k for k in range(start + 1, len(lines)) if ".entry " in lines[k]), len(lines))
-    for k in range(start, end):
-        if wait := _MBARRIER_WAIT.match(lines[k]):
-            replacement = f"{wait['before']}setp.eq.u32 {wait['done']}, 0, 0;"
-        elif _SYNCHRONISATION.match(lines[k]):
-            replacement = "//"
-        else:
-            continue
-        yield k + 1, lines[k].strip(), "\n".join([*lines[:k], replacement, *lines[k + 1 :]])
+def sync_mutants(module: Module, kernel: Kernel) -> Iterator[tuple[list[Instruction], str]]:
+    """For every synchronisation of a kernel its instructions, of which loops may have several copies, and the module's
+    text without them. A wait for an mbarrier succeeds at once."""
+    groups: dict[tuple[object, ...], list[Instruction]] = {}
+    for ins in kernel.code:
+        if _SYNCHRONISATION.match(ins.op):
+            groups.setdefault((ins.op, ins.source or ins.line), []).append(ins)
+    for copies in groups.values():
+        text = module.text
+        for ins in copies:
+            text = _without(text, ins)
+        yield copies, text
+
+
+def _without(text: str, ins: Instruction) -> str:
+    """Lines keep their numbers."""
+    start = 0
+    for _ in range(ins.line - 1):
+        start = text.index("\n", start) + 1
+    guard, statement = (r"@!?\S+\s+" if ins.guard else ""), re.escape(ins.op) + r"[^;]*;"
+    found = re.compile(f"({guard})({statement})").search(text, start)
+    assert found is not None, (ins.line, ins.text)
+    wait = _MBARRIER_WAIT.match(found.group(2))
+    replacement = f"{found.group(1)}setp.eq.u32 {wait.group(1)}, 0, 0;" if wait else ""
+    return text[: found.start()] + replacement + "\n" * found.group().count("\n") + text[found.end() :]
 
 
 @dataclass(frozen=True)
@@ -85,14 +95,14 @@ def judge(case: Case) -> Iterator[Verdict]:
     kernel = program.find(case.kernel)
     launch = case.run(program).clean()
     unexecuted = {line for line, _ in launch.unexecuted()}
-    by_line = {ins.line: ins for ins in kernel.code}
-    for line, text, mutant in sync_mutants(program.module.text, kernel.name):
+    for copies, mutant in sync_mutants(program.module, kernel):
         try:
             noticed = _noticed(case, _Mutant(mutant, 10 * launch.turns + 1000))
         except AssertionError as error:
             noticed = "wrong result: " + (str(error).strip().split("\n")[0] or "an assertion failed")
-        source = _source(program.module, by_line[line])
-        yield Verdict(text, _short(source), noticed, _excuse(source), line not in unexecuted)
+        source = _source(program.module, copies[0])
+        executed = any(ins.line not in unexecuted for ins in copies)
+        yield Verdict(copies[0].text, _short(source), noticed, _excuse(source), executed)
 
 
 def _noticed(case: Case, mutant: Program) -> str:

@@ -7,10 +7,6 @@ import simgpu
 
 RNG = np.random.default_rng(0)
 
-# nvcc unrolls the loops of wgmma.cu by four, that of the pipelined kernel after its first step: two rounds and three
-# more steps make every synchronisation matter.
-_K, _K_PIPELINED = 11 * 64, 12 * 64
-
 
 def to_bf16(x: np.ndarray) -> np.ndarray:
     return (x.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
@@ -89,7 +85,7 @@ def tiles(x: np.ndarray, swizzled: bool) -> np.ndarray:
     return np.concatenate(out)
 
 
-def multiply_wgmma(program: simgpu.Program, name: str, swizzled: bool, k: int, decay: float = 1) -> simgpu.Launch:
+def multiply_wgmma(program: simgpu.Program, name: str, swizzled: bool, k: int = 256, decay: float = 1) -> simgpu.Launch:
     a, b = RNG.standard_normal((2, 64, k)).astype(np.float16)
     device = simgpu.Device(16 << 20)
     y = device.empty((64, 64), np.float32)
@@ -131,17 +127,17 @@ def gemm_fp6(program: simgpu.Program) -> simgpu.Launch:
 
 @simgpu.case("wgmma.cu", "wgmma_plain", elements=64 * 64, arch="sm_90a")
 def wgmma_plain(program: simgpu.Program) -> simgpu.Launch:
-    return multiply_wgmma(program, "wgmma_plain", False, _K)
+    return multiply_wgmma(program, "wgmma_plain", False)
 
 
 @simgpu.case("wgmma.cu", "wgmma_sw128", elements=64 * 64, arch="sm_90a")
 def wgmma_sw128(program: simgpu.Program) -> simgpu.Launch:
-    return multiply_wgmma(program, "wgmma_sw128", True, _K)
+    return multiply_wgmma(program, "wgmma_sw128", True)
 
 
 @simgpu.case("wgmma.cu", "wgmma_pipelined", elements=64 * 64, arch="sm_90a")
 def wgmma_pipelined(program: simgpu.Program) -> simgpu.Launch:
-    return multiply_wgmma(program, "wgmma_pipelined", True, _K_PIPELINED)
+    return multiply_wgmma(program, "wgmma_pipelined", True)
 
 
 @simgpu.case("simt.cu", "vadd", elements=1000)

@@ -30,7 +30,7 @@ def test_global_memory(program: simgpu.Program, device: simgpu.Device) -> None:
     n = 1000
     x, y = RNG.standard_normal((2, n)).astype(np.float32)
     a, b, c = device.array(x), device.array(y), device.empty(n, np.float32)
-    launch = program.launch("vadd", 8, 128, [a, b, c, n], device, cross_block=True).clean()
+    launch = program.launch("vadd", 8, 128, [a, b, c, n], device).clean()
     assert (c.get() == x + y).all()
     assert launch.totals["global"]["load"] == {
         "requests": 64,
@@ -50,7 +50,7 @@ def test_global_memory(program: simgpu.Program, device: simgpu.Device) -> None:
 @pytest.mark.parametrize("batch", [1, 2])
 def test_two_blocks_write_one_byte(program: simgpu.Program, device: simgpu.Device, batch: int) -> None:
     values, out = device.array(np.zeros(1024, np.float32)), device.empty(32, np.float32)
-    launch = program.launch("strided", 2, 32, [values, out], device, batch=batch, cross_block=True)
+    launch = program.launch("strided", 2, 32, [values, out], device, batch=batch)
     assert kinds(launch) == ["two blocks write the same global byte"]
     assert {launch.hazards[0].thread[:13], launch.hazards[0].other} == {"block (0,0,0)", "block (1,0,0)"}
 
