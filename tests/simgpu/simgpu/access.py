@@ -173,7 +173,8 @@ def check_shared(
 ) -> np.ndarray:
     """The offsets in the batch's shared memory."""
     _check_own(m, ins, lanes, addresses, size, f"shared {what}", m.layout.shared_bytes, "the block")
-    return addresses + m.block_of[lanes] * m.shared.stride
+    out: np.ndarray = addresses + m.block_of[lanes] * m.shared.stride
+    return out
 
 
 def check_local(
@@ -181,7 +182,8 @@ def check_local(
 ) -> np.ndarray:
     """The offsets in the batch's local memory."""
     _check_own(m, ins, lanes, addresses, size, f"local {what}", m.layout.local_bytes, "a thread")
-    return addresses + lanes * m.layout.local_bytes
+    out: np.ndarray = addresses + lanes * m.layout.local_bytes
+    return out
 
 
 def split_generic(addresses: np.ndarray) -> list[tuple[str, Lanes, np.ndarray]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -109,7 +110,7 @@ class Launch:
         self.hazards.append(hazard)
 
     @property
-    def totals(self) -> dict[str, object]:
+    def totals(self) -> dict[str, Any]:
         return self.counters.totals()
 
     def opcodes(self) -> dict[str, int]:

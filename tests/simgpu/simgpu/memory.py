@@ -44,7 +44,8 @@ class Buffer:
         return slice(self.offset, self.offset + self.nbytes)
 
     def get(self) -> np.ndarray:
-        return self.device.bytes[self._slice].copy().view(self.dtype).reshape(self.shape)
+        out: np.ndarray = self.device.bytes[self._slice].copy().view(self.dtype).reshape(self.shape)
+        return out
 
     def set(self, values: ArrayLike) -> None:
         array = np.ascontiguousarray(values, self.dtype)
@@ -122,7 +123,8 @@ class Device:
         for half in (4, 2, 1):
             if size > half:
                 flags = flags & (flags >> (8 * half))
-        return flags & 0xFF
+        out: np.ndarray = flags & 0xFF
+        return out
 
     def mark_initialised(self, offsets: np.ndarray, size: int) -> None:
         """pre: the accesses are aligned to their size."""

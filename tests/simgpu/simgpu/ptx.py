@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeVar
 
 # Bits of each fundamental type.
 WIDTH = {
@@ -82,6 +83,7 @@ class Pair:
 
 
 Operand = Reg | Imm | Sym | Special | Vec | Addr | Pair
+_Kind = TypeVar("_Kind", Reg, Imm, Sym, Vec, Addr, Pair)
 
 
 @dataclass
@@ -142,6 +144,13 @@ class Module:
     kernels: dict[str, Kernel] = field(default_factory=dict)
     variables: list[Variable] = field(default_factory=list)
     files: dict[int, str] = field(default_factory=dict)  # number -> path of a CUDA source
+
+
+def expect(operand: Operand, kind: type[_Kind]) -> _Kind:
+    """The operand; ValueError if it is not of that kind."""
+    if not isinstance(operand, kind):
+        raise ValueError(f"{operand} is no {kind.__name__}")
+    return operand
 
 
 def data_type(ins: Instruction) -> str:

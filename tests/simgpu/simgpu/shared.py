@@ -128,7 +128,7 @@ class SharedMemory:
         """`warps` have met; `everyone` says that these are all that still run."""
         if not self.check:
             return
-        self.ordered[np.ix_([block], warps, warps)] = now
+        self.ordered[block][np.ix_(warps, warps)] = now
         if everyone:
             self.ordered[block, : self.warps, : self.warps] = now
             self.block_synced_at[block] = now
@@ -141,7 +141,7 @@ class SharedMemory:
 
     def clock(self, block: int, warp: int, now: int) -> np.ndarray:
         """What is ordered before the next step of a warp: what it releases when it arrives at an mbarrier."""
-        clock = self.ordered[block, warp].copy()
+        clock: np.ndarray = self.ordered[block, warp].copy()
         clock[warp] = now
         return clock
 

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-
 from ..machine import Machine
-from ..ptx import Instruction
-from ..steps import ALL, Lanes, Operation, Step
+from ..ptx import Instruction, Reg
+from ..steps import Lanes, Operation, Step
 from . import (
     arithmetic,
     async_copy,
@@ -63,12 +61,12 @@ def decode(m: Machine, ins: Instruction) -> Step:
         return step
     if ins.base != "wgmma":
         step = wgmma.watch_accumulators(m, ins, step)
-    return step if ins.guard is None else _guarded(m, ins, step)
+    return step if ins.guard is None else _guarded(m, ins.guard, step)
 
 
-def _guarded(m: Machine, ins: Instruction, operation: Operation) -> Operation:
+def _guarded(m: Machine, guard: Reg, operation: Operation) -> Operation:
     """The operation on those lanes whose predicate holds. Other steps are guarded by the scheduler."""
-    predicate, negated = m.registers[ins.guard.name], ins.guard.negated
+    predicate, negated = m.registers[guard.name], guard.negated
 
     def execute(i: Lanes) -> None:
         holds = predicate[i]
@@ -77,6 +75,6 @@ def _guarded(m: Machine, ins: Instruction, operation: Operation) -> Operation:
         if holds.all():
             operation(i)
         elif holds.any():
-            operation(np.nonzero(holds)[0] if i is ALL else i[holds])
+            operation(m.lanes[i][holds])
 
     return execute

@@ -12,7 +12,7 @@ from .. import access
 from ..machine import Machine
 from ..memory import ALLOCATED, INITIALISED, POISON, READ_ONLY, SHARED_WINDOW
 from ..pending import BulkCopy, Copy
-from ..ptx import Instruction, Reg
+from ..ptx import Imm, Instruction, Reg, expect
 from ..steps import Lanes, Operation, Reader
 from . import mbarrier
 
@@ -25,7 +25,7 @@ def _cp(m: Machine, ins: Instruction) -> Operation:
     if "commit_group" in ins.mods:
         return lambda i: _commit(m, i)
     if "wait_group" in ins.mods:
-        groups = ins.args[0].value
+        groups = expect(ins.args[0], Imm).value
         return lambda i: _wait(m, i, groups)
     if "wait_all" in ins.mods:
         return lambda i: _wait(m, i, None)
@@ -55,7 +55,7 @@ def _arrive_when_done(m: Machine, ins: Instruction) -> Operation:
 
 def _copy(m: Machine, ins: Instruction) -> Operation:
     target, source = m.address(ins.args[0]), m.address(ins.args[1])
-    size = ins.args[2].value
+    size = expect(ins.args[2], Imm).value
     read_count = _source_count(m, ins, size)
 
     def execute(i: Lanes) -> None:
@@ -167,9 +167,8 @@ def _bulk(m: Machine, ins: Instruction) -> Operation:
         _, sizes = m.spread(i, size(i))
         barriers = m.spread(i, barrier(i))[1] if barrier else None
         for k, lane in enumerate(lanes):
-            _bulk_of_lane(
-                m, ins, lane, int(targets[k]), int(sources[k]), int(sizes[k]), int(barriers[k]) if barrier else None
-            )
+            at = None if barriers is None else int(barriers[k])
+            _bulk_of_lane(m, ins, lane, int(targets[k]), int(sources[k]), int(sizes[k]), at)
 
     return execute
 

@@ -26,7 +26,7 @@ def _combination(op: str, type_name: str) -> Function:
     if op == "exch":
         return lambda old, b, c: b
     if op == "cas":
-        return lambda old, b, c: np.where(old == b, c, old)
+        return lambda old, b, c: np.asarray(np.where(old == b, c, old))
     if op == "inc":
         return lambda old, b, c: np.where(old >= b, zero, old + one)
     if op == "dec":

@@ -15,7 +15,7 @@ import numpy as np
 from .. import fragments, numerics
 from ..machine import Machine
 from ..pending import Accumulator, Multiplication, WgmmaGroup
-from ..ptx import Imm, Instruction, Vec, items, registers_of
+from ..ptx import Imm, Instruction, Vec, expect, registers_of
 from ..shared import HeldReads
 from ..steps import Lanes, Operation, Step, WarpSync
 from .common import fragment
@@ -47,7 +47,7 @@ def _wgmma(m: Machine, ins: Instruction) -> Step:
     if op == "commit_group":
         return lambda i: _commit(m)
     if op == "wait_group":
-        left = ins.args[0].value
+        left = expect(ins.args[0], Imm).value
         return lambda i: _wait(m, left)
     return _multiply(m, ins)
 
@@ -77,7 +77,7 @@ def _multiply(m: Machine, ins: Instruction) -> WarpSync:
     if shape is None or len(types) != 3 or types[0] != "f32" or types[1] not in ("f16", "bf16"):
         raise m.unsupported(ins)
     n, k = int(shape.group(1)), 16
-    names = [register.name for register in items(ins.args[0])]
+    names = list(registers_of(ins.args[:1]))
     a_operand, b_operand, rest = ins.args[1], ins.args[2], ins.args[3:]
     read_scale = m.read(rest[0], "pred") if rest else None
     literals = [arg.value for arg in rest[1:] if isinstance(arg, Imm)]
@@ -85,7 +85,7 @@ def _multiply(m: Machine, ins: Instruction) -> WarpSync:
     if any(literals[2:]):
         raise m.unsupported(ins, "an MN-major operand")
     a_fragment = fragment(m, a_operand) if isinstance(a_operand, Vec) else None
-    a_descriptor = None if a_fragment else m.read(a_operand, "u64")
+    a_descriptor = m.read(a_operand, "u64") if a_fragment is None else None
     b_descriptor = m.read(b_operand, "u64")
     a_index = fragments.index_a(k, 2, 4)
     rows, columns = fragments.coordinates_wgmma_d(len(names))
@@ -107,10 +107,10 @@ def _multiply(m: Machine, ins: Instruction) -> WarpSync:
                 ]
             )
 
-        if a_fragment:
-            a = fragments.decode(gather(a_fragment, i), types[1])[:, a_index].reshape(-1, 64, k)
-        else:
+        if a_descriptor is not None:
             a = tiles(a_descriptor(i), 64)
+        elif a_fragment is not None:
+            a = fragments.decode(gather(a_fragment, i), types[1])[:, a_index].reshape(-1, 64, k)
         b = tiles(b_descriptor(i), n)
         product = np.matmul(a * a_sign, b.transpose(0, 2, 1) * b_sign).reshape(-1, 4, 16, n)
         before = np.stack([_accumulator_value(m, name, i) for name in names], -1).view(np.float32).astype(np.float64)
