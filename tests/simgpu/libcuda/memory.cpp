@@ -219,8 +219,9 @@ void* PinnedMemory::allocate(size_t bytes) {
   }
   require(bytes < kWindowBytes && offset + round_up(bytes, kGranularity) + kGranularity <= kWindowBytes,
           Result::out_of_memory);
-  std::memset(window_.shadow(offset), kAllocated | kInitialised, bytes);
   void* const pointer = window_.contents(offset);
+  require(mprotect(pointer, round_up(bytes, kGranularity), PROT_READ | PROT_WRITE) == 0, Result::out_of_memory);
+  std::memset(window_.shadow(offset), kAllocated | kInitialised, bytes);
   ranges_.emplace(reinterpret_cast<uintptr_t>(pointer), bytes);
   return pointer;
 }
@@ -230,7 +231,9 @@ void PinnedMemory::deallocate(void* pointer) {
   const std::lock_guard lock(mutex_);
   const auto found = ranges_.find(address);
   require(found != ranges_.end());
-  window_.discard(address - base(), round_up(found->second, kGranularity));
+  const size_t size = round_up(found->second, kGranularity);
+  window_.discard(address - base(), size);
+  mprotect(pointer, size, PROT_NONE);  // the host too is stopped if it uses it
   ranges_.erase(found);
 }
 

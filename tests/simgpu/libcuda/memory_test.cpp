@@ -139,6 +139,7 @@ TEST_F(SimulatedGpu, PinnedMemoryAfterItsEnd) {
   NG_OK(axpy(kernel, 1.f, address(x), address(x), 100));
   EXPECT_EQ(cuda->cuStreamSynchronize(nullptr), Result::illegal_address);
   EXPECT_NE(report().find("use-after-free"), std::string::npos) << report();
+  EXPECT_DEATH(x[0] = 1.f, "");
 }
 
 TEST_F(SimulatedGpu, PageableMemoryIsOutOfReach) {

@@ -268,6 +268,27 @@ KERNEL(cp_async_never_waited) {
   out[i] = in[i];
 }
 
+KERNEL(cp_async_of_uninitialised) {
+  INDEX;
+  __shared__ float s[kThreads];
+  cp_async(s + t, kBroken && t == 12 ? out + i : in + i);  // fault
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  out[i] = s[t];
+}
+
+KERNEL(bulk_of_uninitialised) {
+  INDEX;
+  __shared__ __align__(16) float s[kThreads];
+  __shared__ uint64_t barrier;
+  if (t == 0) {
+    mbarrier_init(&barrier, 1);
+    mbarrier_expect(&barrier, sizeof s);
+    bulk_copy(s, kBroken ? out + i : in + i, sizeof s, &barrier);  // fault
+    mbarrier_wait(&barrier, 0);
+  }
+  out[i] = in[i];
+}
+
 KERNEL(bulk_without_wait) {
   INDEX;
   __shared__ __align__(16) float s[kThreads];

@@ -45,6 +45,8 @@ FAULTS = {
     "endless_loop": ("no end after", 0, 0),
     "cp_async_without_wait": ("read after write: asynchronous copy still in flight", 0, 0),
     "cp_async_never_waited": ("asynchronous operation was never waited for", 0, 0),
+    "cp_async_of_uninitialised": ("uninitialised global read", 0, 12),
+    "bulk_of_uninitialised": ("uninitialised global read", 0, 0),
     "bulk_without_wait": ("read after write: asynchronous copy still in flight", 0, 0),
     "bulk_never_waited": ("asynchronous operation was never waited for", 0, 0),
     "mbarrier_before_init": ("mbarrier is used by a warp that is not ordered after its initialisation", 0, 32),
