@@ -62,6 +62,24 @@ inline constexpr char kCounter[] = R"(
 }
 )";
 
+// out[i] = i of the block: every block stores to the same bytes.
+inline constexpr char kSameBytes[] = R"(
+.version 7.0
+.target sm_80
+.address_size 64
+.visible .entry same_bytes(.param .u64 out)
+{
+  .reg .b32 %r<2>;
+  .reg .b64 %rd<4>;
+  ld.param.u64 %rd1, [out];
+  mov.u32 %r1, %tid.x;
+  mul.wide.u32 %rd2, %r1, 4;
+  add.s64 %rd3, %rd1, %rd2;
+  st.global.u32 [%rd3], %r1;
+  ret;
+}
+)";
+
 // out[i] = i + 1 of the block, through shared memory, without the barrier that this needs.
 inline constexpr char kMissingBarrier[] = R"(
 .version 7.0

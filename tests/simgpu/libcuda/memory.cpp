@@ -6,7 +6,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <iterator>
 
@@ -32,7 +31,7 @@ Physical::Physical(DeviceMemory& memory_, size_t bytes_) : memory(memory_), byte
 
 Physical::~Physical() { memory.used_.fetch_sub(bytes); }
 
-DeviceMemory::DeviceMemory(int ordinal) : base_(kFirstAddress + static_cast<DevicePtr>(ordinal) * kWindowBytes) {
+Window::Window() {
   file_ = inherited_file(memfd_create("simgpu", MFD_CLOEXEC));
   require(file_ >= 0 && ftruncate(file_, 2 * kWindowBytes) == 0, Result::out_of_memory);
   void* mapping = mmap(nullptr, 2 * kWindowBytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, file_, 0);
@@ -40,6 +39,17 @@ DeviceMemory::DeviceMemory(int ordinal) : base_(kFirstAddress + static_cast<Devi
   madvise(mapping, 2 * kWindowBytes, MADV_DONTDUMP);
   contents_ = static_cast<unsigned char*>(mapping);
 }
+
+void Window::discard(size_t offset, size_t bytes) const {
+  for (const size_t begin : {offset, offset + kWindowBytes}) {
+    require(fallocate(file_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(begin),
+                      static_cast<off_t>(bytes)) == 0,
+            Result::unknown);
+  }
+  for (size_t granule = offset; granule < offset + bytes; granule += kGranularity) *shadow(granule) = kFreed;
+}
+
+DeviceMemory::DeviceMemory(int ordinal) : base_(kFirstAddress + static_cast<DevicePtr>(ordinal) * kWindowBytes) {}
 
 size_t DeviceMemory::free_bytes() const { return settings().memory - used_.load(); }
 
@@ -81,6 +91,7 @@ void DeviceMemory::map(DevicePtr pointer, size_t bytes, std::shared_ptr<Physical
     require(before->first + before->second.bytes <= pointer);
   }
   require(!physical->mapped, Result::not_supported);
+  for (size_t granule = 0; granule < bytes; granule += kGranularity) *shadow(pointer + granule) = 0;
   if (physical->contents.empty()) {
     std::memset(contents(pointer), kPoison, bytes);
   } else {
@@ -119,11 +130,7 @@ void DeviceMemory::unmap(DevicePtr pointer, size_t bytes) {
       physical.shadow.assign(shadow(begin), shadow(begin) + size);
       for (unsigned char& byte : physical.shadow) byte &= kInitialised;
     }
-    for (const size_t offset : {begin - base_, begin - base_ + kWindowBytes}) {
-      require(fallocate(file_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(offset),
-                        static_cast<off_t>(size)) == 0,
-              Result::unknown);
-    }
+    window_.discard(begin - base_, size);
   }
   mappings_.erase(first, last);
 }
@@ -203,19 +210,31 @@ DeviceMemory* memory_of(DevicePtr pointer) {
 
 void* PinnedMemory::allocate(size_t bytes) {
   require(bytes > 0);
-  void* pointer = std::aligned_alloc(4096, round_up(bytes, 4096));
-  require(pointer != nullptr, Result::out_of_memory);
   const std::lock_guard lock(mutex_);
+  // The first gap that leaves a granule before and after, as for device memory.
+  size_t offset = kGranularity;
+  for (const auto& [begin, size] : ranges_) {
+    if (offset + round_up(bytes, kGranularity) + kGranularity <= begin - base()) break;
+    offset = begin - base() + round_up(size, kGranularity) + kGranularity;
+  }
+  require(bytes < kWindowBytes && offset + round_up(bytes, kGranularity) + kGranularity <= kWindowBytes,
+          Result::out_of_memory);
+  void* const pointer = window_.contents(offset);
+  require(mprotect(pointer, round_up(bytes, kGranularity), PROT_READ | PROT_WRITE) == 0, Result::out_of_memory);
+  std::memset(window_.shadow(offset), kAllocated | kInitialised, bytes);
   ranges_.emplace(reinterpret_cast<uintptr_t>(pointer), bytes);
   return pointer;
 }
 
 void PinnedMemory::deallocate(void* pointer) {
-  {
-    const std::lock_guard lock(mutex_);
-    require(ranges_.erase(reinterpret_cast<uintptr_t>(pointer)) == 1);
-  }
-  std::free(pointer);
+  const auto address = reinterpret_cast<uintptr_t>(pointer);
+  const std::lock_guard lock(mutex_);
+  const auto found = ranges_.find(address);
+  require(found != ranges_.end());
+  const size_t size = round_up(found->second, kGranularity);
+  window_.discard(address - base(), size);
+  mprotect(pointer, size, PROT_NONE);  // the host too is stopped if it uses it
+  ranges_.erase(found);
 }
 
 bool PinnedMemory::contains(const void* pointer, size_t bytes) const {

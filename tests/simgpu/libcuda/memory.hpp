@@ -6,6 +6,8 @@
 // of the other kind is always noticed. A byte lives at its address, so physical memory that is unmapped keeps its
 // contents aside, and cannot be mapped at two addresses at once (CUDA allows it).
 //
+// Pinned host memory has a window too, at its own addresses of this process: kernels reach it by them, on any device.
+//
 // Thread-safe. Copies and kernels run without the lock, on bytes that their order of execution protects.
 #pragma once
 
@@ -20,13 +22,30 @@
 
 namespace ng::cuda {
 
-// As in memory.py of the simulator.
-enum Shadow : unsigned char { kAllocated = 1, kInitialised = 2, kReadOnly = 4 };
+// As in memory.py of the simulator. kFreed stands at the first byte of granules that were unmapped: all of their shadow
+// would stay in memory otherwise.
+enum Shadow : unsigned char { kAllocated = 1, kInitialised = 2, kReadOnly = 4, kFreed = 8 };
 
 inline constexpr size_t kGranularity = size_t{2} << 20;
 inline constexpr size_t kWindowBytes = size_t{1} << 38;
 // Above the addresses of user space on x86-64 and 48-bit Arm.
 inline constexpr DevicePtr kFirstAddress = DevicePtr{1} << 50;
+
+// Contents and shadow, shared with the simulator processes through a file. Lives until the process ends.
+class Window {
+ public:
+  Window();
+
+  int file() const { return file_; }
+  unsigned char* contents(size_t offset) const { return contents_ + offset; }
+  unsigned char* shadow(size_t offset) const { return contents_ + kWindowBytes + offset; }
+  // Gives the memory of whole granules back, and marks them as freed.
+  void discard(size_t offset, size_t bytes) const;
+
+ private:
+  int file_ = -1;
+  unsigned char* contents_ = nullptr;
+};
 
 class DeviceMemory;
 
@@ -50,7 +69,7 @@ class DeviceMemory {
   DeviceMemory& operator=(const DeviceMemory&) = delete;
 
   DevicePtr base() const { return base_; }
-  int file() const { return file_; }  // contents, then shadow
+  int file() const { return window_.file(); }
   size_t free_bytes() const;
 
   DevicePtr reserve(size_t bytes, size_t alignment);
@@ -67,8 +86,8 @@ class DeviceMemory {
 
   // By mappings, since shadow bytes belong to the work in progress.
   bool accessible(DevicePtr pointer, size_t bytes) const;
-  unsigned char* contents(DevicePtr pointer) const { return contents_ + (pointer - base_); }
-  unsigned char* shadow(DevicePtr pointer) const { return contents_ + kWindowBytes + (pointer - base_); }
+  unsigned char* contents(DevicePtr pointer) const { return window_.contents(pointer - base_); }
+  unsigned char* shadow(DevicePtr pointer) const { return window_.shadow(pointer - base_); }
 
  private:
   friend struct Physical;
@@ -85,8 +104,7 @@ class DeviceMemory {
   std::pair<Mappings::iterator, Mappings::iterator> exact(DevicePtr pointer, size_t bytes);
 
   const DevicePtr base_;
-  int file_ = -1;
-  unsigned char* contents_ = nullptr;
+  const Window window_;
   std::atomic<size_t> used_{0};
   mutable std::mutex mutex_;
   std::map<DevicePtr, size_t> reservations_;
@@ -96,15 +114,20 @@ class DeviceMemory {
 // The memory that an address belongs to, mapped or not; null for host addresses.
 DeviceMemory* memory_of(DevicePtr pointer);
 
-// Host memory that cuMemHostAlloc made: transfers to and from it are asynchronous.
+// Host memory that cuMemHostAlloc made: transfers to and from it are asynchronous, and kernels reach it. All of it
+// counts as initialised, since nobody sees what the host writes.
 class PinnedMemory {
  public:
+  int file() const { return window_.file(); }
+  uintptr_t base() const { return reinterpret_cast<uintptr_t>(window_.contents(0)); }
+
   void* allocate(size_t bytes);
   void deallocate(void* pointer);
   bool contains(const void* pointer, size_t bytes = 1) const;
   std::pair<DevicePtr, size_t> range_of(const void* pointer) const;
 
  private:
+  const Window window_;
   mutable std::mutex mutex_;
   std::map<uintptr_t, size_t> ranges_;
 };

@@ -7,6 +7,7 @@
 //   SIMGPU_PROCESSES       simulator processes at most, default the number of cores
 //   SIMGPU_DELAY           `adversarial`: nothing runs until somebody waits for it
 //   SIMGPU_REPORT          the file that reports are appended to, default the standard error output
+//   SIMGPU_COUNTERS        the file that each launch appends its counters to, a line of JSON: read by server.py
 //   SIMGPU_PYTHON          the interpreter of the simulator processes, default python3
 #pragma once
 

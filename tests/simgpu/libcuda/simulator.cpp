@@ -28,8 +28,10 @@ namespace {
 
 constexpr uint32_t kLoad = 1;
 constexpr uint32_t kLaunch = 2;
-constexpr int kSocket = 3;       // the number of the socket in the process,
-constexpr int kFirstMemory = 4;  // and of the first device's memory
+// The numbers that a process has files by: the socket, the pinned host memory, the first device's memory.
+constexpr int kSocket = 3;
+constexpr int kPinned = 4;
+constexpr int kFirstMemory = 5;
 
 class Process {
  public:
@@ -73,10 +75,12 @@ class Process {
     require(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, sockets) == 0, Result::launch_failed);
     socket_ = inherited_file(sockets[0]);
     const int other = inherited_file(sockets[1]);
-    std::vector<std::string> words = {settings().python, SIMGPU_SERVER, std::to_string(kWindowBytes)};
+    std::vector<std::string> words = {settings().python, SIMGPU_SERVER, std::to_string(kWindowBytes),
+                                      std::to_string(pinned_memory().base())};
     posix_spawn_file_actions_t actions;
     posix_spawn_file_actions_init(&actions);
     posix_spawn_file_actions_adddup2(&actions, other, kSocket);
+    posix_spawn_file_actions_adddup2(&actions, pinned_memory().file(), kPinned);
     for (int i = 0; i < settings().devices; ++i) {
       posix_spawn_file_actions_adddup2(&actions, device(i).memory.file(), kFirstMemory + i);
       words.push_back(std::to_string(device(i).memory.base()));

@@ -4,6 +4,7 @@ compile() or load() give a Program; Program.launch() runs a kernel on the memory
 README.md says what is checked, what is counted and what cannot be seen. Needs numpy, and nvcc to compile.
 """
 
+from .cases import Case, case, load_cases
 from .launch import Hazard, Launch, SimError
 from .memory import Buffer, Device
 from .mutants import sync_mutants
@@ -12,14 +13,17 @@ from .ptx import PtxError
 
 __all__ = [
     "Buffer",
+    "Case",
     "Device",
     "Hazard",
     "Launch",
     "Program",
     "PtxError",
     "SimError",
+    "case",
     "compile",
     "compile_text",
     "load",
+    "load_cases",
     "sync_mutants",
 ]

@@ -13,6 +13,9 @@ from .memory import ALLOCATED, INITIALISED, LOCAL_WINDOW, READ_ONLY, SHARED_WIND
 from .ptx import Instruction
 from .steps import ALL, Lanes
 
+# Stores that may meet others at the same byte: what the PTX memory model calls strong.
+_STRONG = frozenset(("volatile", "relaxed", "release", "mmio"))
+
 
 def load(
     m: Machine, ins: Instruction, space: str, lanes: np.ndarray, addresses: np.ndarray, element: int, count: int
@@ -58,8 +61,9 @@ def store(
     if space == "global":
         offsets = check_global(m, ins, lanes, addresses, size, "write")
         m.counters.global_access(ins, "store", lanes, offsets, size)
-        mark_initialised(m, offsets, size)
-        m.launch.note_global_write(ins, m.blocks[m.block_of[lanes]], lanes % m.lanes_per_block, offsets, size)
+        m.device.mark_initialised(offsets, size)
+        if not _STRONG.intersection(ins.mods):
+            note_global_write(m, ins, lanes, offsets, size)
         view = m.device.views[element]
     elif space == "shared":
         offsets = check_shared(m, ins, lanes, addresses, size, "write")
@@ -81,44 +85,64 @@ def store(
         m.hazard(kind, ins, lanes[k], int(addresses[k]))
 
 
-def mark_initialised(m: Machine, offsets: np.ndarray, size: int) -> None:
-    flags = m.device.flags
-    if flags[offsets[0]] & flags[offsets[-1]] & INITIALISED and (flags[offsets] & INITIALISED).all():
-        return  # most stores are to memory that was written before, as a whole
-    for byte in range(size):
-        flags[offsets + byte] |= INITIALISED
+def note_global_write(m: Machine, ins: Instruction, lanes: np.ndarray, offsets: np.ndarray, size: int) -> None:
+    """A hazard if another block has written one of the bytes: nothing orders the two."""
+    writers = m.launch.writers
+    if writers is None:
+        return
+    found = writers.note(m.blocks[m.block_of[lanes]], offsets, size)
+    if found is not None:
+        k, other = found
+        m.launch.hazard(
+            "two blocks write the same global byte",
+            ins,
+            m.thread_name(lanes[k]),
+            m.launch.block_name(other),
+            m.device.address(offsets[k]),
+        )
 
 
 def check_global(
     m: Machine, ins: Instruction, lanes: np.ndarray, addresses: np.ndarray, size: int, what: str
 ) -> np.ndarray:
-    """The offsets in device memory. `what` is read, write or atomic."""
-    offsets = addresses - m.device.base
-    bad = (offsets < 0) | (offsets + size > m.device.bytes.size)
-    if not bad.any():
-        flags = m.device.flags[offsets] & m.device.flags[offsets + (size - 1)]
-        bad = (flags & ALLOCATED) == 0
-        if what != "read":
-            protected = (flags & READ_ONLY) != 0
-            if protected.any():
-                k = np.argmax(protected)
-                m.fail(ins, f"{what} of {size} bytes to read-only memory at {addresses[k]:#x}", lanes[k])
-        elif not bad.any():
-            unwritten = (flags & INITIALISED) == 0
-            if unwritten.any():
-                k = np.argmax(unwritten)
-                m.hazard("uninitialised global read", ins, lanes[k], int(addresses[k]))
-    if bad.any():
-        k = np.argmax(bad)
-        kind = "null-pointer" if 0 <= addresses[k] < 4096 else "out-of-bounds"
-        m.fail(
-            ins,
-            f"{kind} global {what} of {size} bytes at {addresses[k]:#x} "
-            f"({int(bad.sum())} lanes; {m.device.where(addresses[k])})",
-            lanes[k],
-        )
+    """The offsets in device memory. `what` is read, write, atomic or exchange."""
+    offsets = m.device.offsets(addresses)
+    refuse_unmapped(m, ins, lanes, addresses, (offsets < 0) | (offsets + size > m.device.bytes.size), size, what)
     _check_alignment(m, ins, lanes, addresses, size, f"global {what}")
+    flags = m.device.common_flags(offsets, size)
+    if (flags == ALLOCATED | INITIALISED).all():
+        return offsets
+    refuse_unmapped(m, ins, lanes, addresses, (flags & ALLOCATED) == 0, size, what)
+    if what != "read":
+        protected = (flags & READ_ONLY) != 0
+        if protected.any():
+            k = np.argmax(protected)
+            m.fail(ins, f"{what} of {size} bytes to read-only memory at {addresses[k]:#x}", lanes[k])
+    if what in ("read", "atomic"):
+        unwritten = (flags & INITIALISED) == 0
+        if unwritten.any():
+            k = np.argmax(unwritten)
+            m.hazard(f"uninitialised global {what}", ins, lanes[k], int(addresses[k]))
     return offsets
+
+
+def refuse_unmapped(
+    m: Machine, ins: Instruction, lanes: np.ndarray, addresses: np.ndarray, bad: np.ndarray, size: int, what: str
+) -> None:
+    """Stops the kernel at the first of the `bad` accesses to global memory that is not allocated."""
+    if not bad.any():
+        return
+    k = np.argmax(bad)
+    address = int(addresses[k])
+    offset = int(m.device.offsets(addresses[k : k + 1])[0])
+    if 0 <= address < 4096:
+        kind = "null-pointer"
+    elif 0 <= offset < m.device.bytes.size and m.device.was_freed(offset):
+        kind = "use-after-free"
+    else:
+        kind = "out-of-bounds"
+    where = f"{int(bad.sum())} lanes; {m.device.where(address)}"
+    m.fail(ins, f"{kind} global {what} of {size} bytes at {address:#x} ({where})", lanes[k])
 
 
 def _check_own(
@@ -149,7 +173,8 @@ def check_shared(
 ) -> np.ndarray:
     """The offsets in the batch's shared memory."""
     _check_own(m, ins, lanes, addresses, size, f"shared {what}", m.layout.shared_bytes, "the block")
-    return addresses + m.block_of[lanes] * m.shared.stride
+    out: np.ndarray = addresses + m.block_of[lanes] * m.shared.stride
+    return out
 
 
 def check_local(
@@ -157,7 +182,8 @@ def check_local(
 ) -> np.ndarray:
     """The offsets in the batch's local memory."""
     _check_own(m, ins, lanes, addresses, size, f"local {what}", m.layout.local_bytes, "a thread")
-    return addresses + lanes * m.layout.local_bytes
+    out: np.ndarray = addresses + lanes * m.layout.local_bytes
+    return out
 
 
 def split_generic(addresses: np.ndarray) -> list[tuple[str, Lanes, np.ndarray]]:

@@ -8,6 +8,7 @@ conflicts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -98,12 +99,12 @@ class Counters:
         count.ideal += passes
         count.bytes += len(lanes) * size
 
-    def totals(self) -> dict[str, object]:
+    def totals(self) -> dict[str, Any]:
         global_kinds: dict[str, dict[str, int]] = {}
-        for (_, kind), seen in self.global_accesses.items():
+        for (_, kind), access in self.global_accesses.items():
             total = global_kinds.setdefault(kind, dict.fromkeys(("requests", "sectors", "bytes", "lines"), 0))
             for name in total:
-                total[name] += getattr(seen, name)
+                total[name] += getattr(access, name)
         shared_kinds: dict[str, dict[str, int]] = {}
         for (_, kind), seen in self.shared_accesses.items():
             names = ("requests", "wavefronts", "ideal", "conflicts", "bytes")
@@ -166,9 +167,9 @@ def _words(kind: str, lanes: np.ndarray, addresses: np.ndarray, size: int, lane_
     if len(lanes) % per_pass == 0 and whole_warps and _consecutive(lanes, per_pass):
         words = (addresses >> 2).reshape(-1, per_pass)
     else:
-        every = np.full(lane_count, -1, np.int64)
-        every[lanes] = addresses >> 2
-        every = every.reshape(-1, per_pass)
+        by_lane = np.full(lane_count, -1, np.int64)
+        by_lane[lanes] = addresses >> 2
+        every = by_lane.reshape(-1, per_pass)
         words = every[(every >= 0).any(1)]
     count = max(1, size // 4)
     if count == 1:

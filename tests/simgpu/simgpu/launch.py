@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from .counters import Counters
 from .layout import Layout
 from .memory import Buffer, Device
 from .ptx import Instruction, Kernel, Module
+from .writers import Writers
 
 Dim = tuple[int, int, int]
 Argument = Buffer | bytes | bytearray | np.generic | int | float
@@ -69,9 +71,10 @@ class Launch:
         self.params = _pack(kernel, args)
         self.files = module.files
         self.hazards: list[Hazard] = []
+        self.turns = 0  # of the scheduler, at most in a batch
         self.counters = Counters(len(kernel.code), count_memory)
         self._hazards_by_place: dict[tuple[str, int], Hazard] = {}
-        self._writers = np.full(device.top, -1, np.int32) if cross_block else None
+        self.writers = Writers(device.top, self.layout.store_granule) if cross_block and self.blocks > 1 else None
 
     @property
     def blocks(self) -> int:
@@ -87,11 +90,14 @@ class Launch:
         return next((param.offset for param in self.kernel.params if param.name == name), None)
 
     def thread_name(self, block: int, thread: int) -> str:
-        return f"block {_coordinates(block, self.grid)} thread {_coordinates(thread, self.block)}"
+        return f"{self.block_name(block)} thread {_coordinates(thread, self.block)}"
+
+    def block_name(self, block: int) -> str:
+        return f"block {_coordinates(block, self.grid)}"
 
     def place(self, ins: Instruction) -> str:
-        source = f" ({self.files.get(ins.source[0], '?')}:{ins.source[1]})" if ins.source else ""
-        return f"PTX line {ins.line}{source}"
+        lines = ", inlined at ".join(f"{self.files.get(file, '?')}:{line}" for file, line in ins.source)
+        return f"PTX line {ins.line}" + (f" ({lines})" if lines else "")
 
     def hazard(self, kind: str, ins: Instruction, thread: str, other: str = "", address: int | None = None) -> None:
         key = (kind, ins.line)
@@ -103,28 +109,8 @@ class Launch:
         self._hazards_by_place[key] = hazard
         self.hazards.append(hazard)
 
-    def note_global_write(
-        self, ins: Instruction, blocks: np.ndarray, threads: np.ndarray, offsets: np.ndarray, size: int
-    ) -> None:
-        """Finds two blocks that write the same byte, where that was asked for."""
-        if self._writers is None:
-            return
-        for byte in range(size):
-            at = offsets + byte
-            before = self._writers[at]
-            self._writers[at] = blocks
-            after = self._writers[at]  # not `blocks` where two of them write in this very instruction
-            other = np.where(after != blocks, after, before)
-            bad = (other >= 0) & (other != blocks)
-            if bad.any():
-                k = int(np.argmax(bad))
-                thread = self.thread_name(int(blocks[k]), int(threads[k]))
-                other_name = f"block {_coordinates(int(other[k]), self.grid)}"
-                address = int(at[k]) + self.device.base
-                self.hazard("two blocks write the same global byte", ins, thread, other_name, address)
-
     @property
-    def totals(self) -> dict[str, object]:
+    def totals(self) -> dict[str, Any]:
         return self.counters.totals()
 
     def opcodes(self) -> dict[str, int]:

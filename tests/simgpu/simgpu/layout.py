@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .ptx import WIDTH, Instruction, Kernel, Module, Variable, data_type, state_space, symbols
+from .ptx import WIDTH, Instruction, Kernel, Module, Variable, data_type, items, state_space, symbols
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class Layout:
     addresses: Mapping[str, int]  # of every variable, in its own space
     shared_bytes: int  # of a block
     local_bytes: int  # of a thread
-    granule: int  # bytes: no access to shared memory is smaller
+    granule: int  # bytes: no access to shared memory is smaller,
+    store_granule: int  # and no store to global memory
 
     @classmethod
     def of(cls, module: Module, kernel: Kernel, globals_at: Mapping[str, int], dynamic_shared: int) -> Layout:
@@ -30,7 +31,9 @@ class Layout:
                 top = _align(top, variable.align)
                 addresses[variable.name] = top
         local = _place([v for v in kernel.variables if v.space == "local"], addresses)
-        return cls(addresses, top + dynamic_shared, _align(local, 16), _granule(kernel))
+        granule = min((_smallest_access(ins) for ins in kernel.code), default=16)
+        store_granule = min((_global_store(ins) for ins in kernel.code), default=16)
+        return cls(addresses, top + dynamic_shared, _align(local, 16), granule, store_granule)
 
 
 def _align(offset: int, align: int) -> int:
@@ -45,13 +48,15 @@ def _place(variables: list[Variable], addresses: dict[str, int]) -> int:
     return top
 
 
-def _granule(kernel: Kernel) -> int:
-    return min((_smallest_access(ins) for ins in kernel.code), default=16)
-
-
 def _smallest_access(ins: Instruction) -> int:
     if ins.base in ("ld", "st", "atom", "red") and state_space(ins) in ("shared", "generic"):
         return min(16, max(1, WIDTH[data_type(ins)] // 8))
     if ins.base in ("ldmatrix", "stmatrix", "mbarrier"):
         return 8
     return 4 if ins.base == "cp" else 16
+
+
+def _global_store(ins: Instruction) -> int:
+    if ins.base == "st" and state_space(ins) in ("global", "generic"):
+        return min(16, max(1, WIDTH[data_type(ins)] // 8) * len(items(ins.args[1])))
+    return 16

@@ -9,18 +9,18 @@ scheduler.py's matter.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
 from .launch import Launch, SimError
 from .memory import POISON
 from .pending import Pending
-from .ptx import WIDTH, Addr, Imm, Instruction, Operand, PtxError, Reg, Special, Sym
+from .ptx import WIDTH, Addr, Imm, Instruction, Operand, PtxError, Reg, Special, Sym, expect
 from .shared import SharedMemory
 from .steps import Lanes, Reader, Writer
 
-DTYPE = {
+DTYPE: dict[str, Any] = {
     "pred": np.bool_,
     **dict.fromkeys(("b8", "u8"), np.uint8),
     "s8": np.int8,
@@ -34,8 +34,8 @@ DTYPE = {
     "s64": np.int64,
     "f64": np.float64,
 }
-UNSIGNED = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
-SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
+UNSIGNED: dict[int, Any] = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
+SIGNED: dict[int, Any] = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
 
 # What registers hold before they are written. A value that stands out, since hardware leaves anything there.
 _UNWRITTEN = {16: 0xDEAD, 32: 0xDEADBEEF, 64: 0xDEADBEEFDEADBEEF}
@@ -60,7 +60,7 @@ class Machine:
         self.block_of = self.lanes // self.lanes_per_block  # counted in this batch
         self.alive = self.lanes % self.lanes_per_block < launch.threads
         self.now = 1  # the step counter that orders accesses to shared memory
-        self.registers = {
+        self.registers: dict[str, np.ndarray] = {
             name: np.full(self.lane_count, _UNWRITTEN.get(width, 0), UNSIGNED[width])
             for name, width in self.kernel.registers.items()
             if width in UNSIGNED
@@ -118,7 +118,7 @@ class Machine:
         if isinstance(operand, Special):
             if operand.name in _CLOCKS:
                 return lambda i: np.full(1, self.now, dtype)
-            values = self._special(operand.name).astype(UNSIGNED[WIDTH[type_name]]).view(dtype)
+            values: np.ndarray = self._special(operand.name).astype(UNSIGNED[WIDTH[type_name]]).view(dtype)
             return values.__getitem__
         value = self.constant(operand, type_name).view(dtype)
         return lambda i: value
@@ -145,7 +145,8 @@ class Machine:
         register, width = self.registers[operand.name], WIDTH[type_name]
         have = self.kernel.registers[operand.name]
         if width == have:
-            return register.view(DTYPE[type_name]).__setitem__
+            same: np.ndarray = register.view(DTYPE[type_name])
+            return same.__setitem__
         if have < width:
             narrow = UNSIGNED[have]
             return lambda i, values: register.__setitem__(i, values.astype(narrow))
@@ -189,7 +190,7 @@ class Machine:
                 values = register.view(np.int64)
                 return (lambda i: values[i] + offset) if offset else values.__getitem__
             return lambda i: register[i].astype(np.int64) + offset
-        value = self.symbol_address(base) if isinstance(base, Sym) else base.value
+        value = self.symbol_address(base) if isinstance(base, Sym) else expect(base, Imm).value
         constant = np.array([value + offset], np.int64)
         return lambda i: constant
 
@@ -227,4 +228,5 @@ class Machine:
             values[f"cluster_nctaid.{axis}"] = 1
         if name not in values:
             raise PtxError(f"{self.kernel.name}: special register %{name} is not supported")
-        return np.broadcast_to(np.asarray(values[name], np.int64), (self.lane_count,)).copy()
+        out: np.ndarray = np.broadcast_to(np.asarray(values[name], np.int64), (self.lane_count,)).copy()
+        return out

@@ -1,27 +1,141 @@
 """Kernels with one synchronisation missing, to test tests with.
 
-A test that passes on such a mutant, without a hazard, does not test that synchronisation, or the kernel does not need
-it.
+A synchronisation is one of the CUDA source: the copies that nvcc makes of it by unrolling are dropped together. A test
+that passes on such a mutant, without a hazard, does not test that synchronisation, or the kernel does not need it. One
+that is kept all the same has its reason beside it in the source, or on the line above:
+
+    __threadfence();  // sync: orders the result before the flag, which this simulator cannot see
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .cases import Case
+from .launch import Launch, SimError
+from .program import Program
+from .ptx import Instruction, Kernel, Module
 
 _SYNCHRONISATION = re.compile(
-    r"\s*\{?\s*(@\S+\s+)?"
-    r"(bar\.(warp\.)?sync|barrier\.|cp\.async\.wait|wgmma\.wait_group|wgmma\.fence|mbarrier\.arrive|fence)"
+    r"bar\.(warp\.)?(sync|arrive)|barrier\.(?!.*\bred\b)|cp\.async\.(bulk\.)?wait|wgmma\.(wait_group|fence)"
+    r"|mbarrier\.(arrive|try_wait|test_wait)|fence|membar"
 )
+_MBARRIER_WAIT = re.compile(r"mbarrier\.\w+_wait\S*\s+([^\s,]+),")
+_EXCUSE = re.compile(r"//\s*sync:\s*(.+?)\s*$")
 
 
-def sync_mutants(text: str, kernel: str) -> Iterator[tuple[int, str, str]]:
-    """(PTX line, its text, the module without that line) for every synchronising instruction of a kernel."""
-    lines = text.split("\n")
-    start = next((k for k, line in enumerate(lines) if ".entry " in line and kernel in line), None)
-    if start is None:
-        raise KeyError(f"no kernel of the module is named {kernel}")
-    end = next((k for k in range(start + 1, len(lines)) if ".entry " in lines[k]), len(lines))
-    for k in range(start, end):
-        if _SYNCHRONISATION.match(lines[k]):
-            yield k + 1, lines[k].strip(), "\n".join([*lines[:k], "//", *lines[k + 1 :]])
+def sync_mutants(module: Module, kernel: Kernel) -> Iterator[tuple[list[Instruction], str]]:
+    """For every synchronisation of a kernel its instructions, of which loops may have several copies, and the module's
+    text without them. A wait for an mbarrier succeeds at once."""
+    groups: dict[tuple[object, ...], list[Instruction]] = {}
+    for ins in kernel.code:
+        if _SYNCHRONISATION.match(ins.op):
+            groups.setdefault((ins.op, ins.source or ins.line), []).append(ins)
+    for copies in groups.values():
+        text = module.text
+        for ins in copies:
+            text = _without(text, ins)
+        yield copies, text
+
+
+def _without(text: str, ins: Instruction) -> str:
+    """Lines keep their numbers."""
+    start = 0
+    for _ in range(ins.line - 1):
+        start = text.index("\n", start) + 1
+    guard, statement = (r"@!?\S+\s+" if ins.guard else ""), re.escape(ins.op) + r"[^;]*;"
+    found = re.compile(f"({guard})({statement})").search(text, start)
+    assert found is not None, (ins.line, ins.text)
+    wait = _MBARRIER_WAIT.match(found.group(2))
+    replacement = f"{found.group(1)}setp.eq.u32 {wait.group(1)}, 0, 0;" if wait else ""
+    return text[: found.start()] + replacement + "\n" * found.group().count("\n") + text[found.end() :]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """On one mutant."""
+
+    instruction: str
+    source: str  # its lines in the CUDA source: where it is, and where that was inlined
+    noticed: str  # by which hazard, error or wrong result; empty: it survived
+    excuse: str  # the comment in the source
+    executed: bool
+
+    @property
+    def survived(self) -> bool:
+        return not self.noticed and not self.excuse
+
+    @property
+    def outcome(self) -> str:
+        return "caught" if self.noticed else "excused" if self.excuse else "SURVIVED"
+
+    @property
+    def reason(self) -> str:
+        return self.noticed or self.excuse or ("nothing noticed" if self.executed else "the case does not execute it")
+
+
+class _Mutant(Program):
+    """Loops that no longer end are stopped early."""
+
+    def __init__(self, text: str, max_steps: int) -> None:
+        super().__init__(text)
+        self.max_steps = max_steps
+
+    def launch(self, *args: Any, **options: Any) -> Launch:
+        return super().launch(*args, **{"max_steps": self.max_steps, **options})
+
+
+def judge(case: Case) -> Iterator[Verdict]:
+    """Drops each synchronisation of a case's kernel in turn, and runs the case. Raises if the whole kernel fails it."""
+    program = case.program()
+    kernel = program.find(case.kernel)
+    launch = case.run(program).clean()
+    unexecuted = {line for line, _ in launch.unexecuted()}
+    for copies, mutant in sync_mutants(program.module, kernel):
+        try:
+            noticed = _noticed(case, _Mutant(mutant, 10 * launch.turns + 1000))
+        except AssertionError as error:
+            noticed = "wrong result: " + (str(error).strip().split("\n")[0] or "an assertion failed")
+        source = _source(program.module, copies[0])
+        executed = any(ins.line not in unexecuted for ins in copies)
+        yield Verdict(copies[0].text, _short(source), noticed, _excuse(source), executed)
+
+
+def _noticed(case: Case, mutant: Program) -> str:
+    try:
+        case.run(mutant).clean()
+    except SimError as error:
+        first, *rest = str(error).split("\n")
+        summary = rest[0] if first.endswith("hazards") else first.partition(": ")[2]
+        return re.split(r" at address | by block | \(", summary)[0]
+    return ""
+
+
+def _source(module: Module, ins: Instruction) -> list[tuple[Path, int]]:
+    """The lines of an instruction and of where it was inlined."""
+    return [(Path(module.files[file]), line) for file, line in ins.source if file in module.files]
+
+
+def _short(source: Sequence[tuple[Path, int]]) -> str:
+    parts, last = [], ""
+    for path, line in source:
+        parts.append(str(line) if path.name == last else f"{path.name}:{line}")
+        last = path.name
+    return " < ".join(parts)
+
+
+def _excuse(source: Sequence[tuple[Path, int]]) -> str:
+    for path, line in source:
+        if not path.is_file():
+            continue
+        lines = path.read_text().split("\n")
+        at = line - 1
+        above = lines[at - 1].strip() if at > 0 else ""
+        for text in (lines[at], above if above.startswith("//") else ""):
+            if match := _EXCUSE.search(text):
+                return match.group(1)
+    return ""

@@ -15,14 +15,16 @@ SMALLEST_NORMAL = np.finfo(_f32).tiny
 
 
 def bf16_to_f32(codes: np.ndarray) -> np.ndarray:
-    return (codes.astype(_u32) << _u32(16)).view(_f32)
+    out: np.ndarray = (codes.astype(_u32) << _u32(16)).view(_f32)
+    return out
 
 
 def f32_to_bf16(x: np.ndarray, mode: str = "rn") -> np.ndarray:
     bits = np.ascontiguousarray(x, _f32).view(_u32)
     if mode != "rz":  # half a unit, or a little less where the code is even
         bits = bits + _u32(0x7FFF) + ((bits >> _u32(16)) & _u32(1))
-    return np.where(np.isnan(x), _u32(0x7FFF), bits >> _u32(16)).astype(_u16)
+    out: np.ndarray = np.where(np.isnan(x), _u32(0x7FFF), bits >> _u32(16)).astype(_u16)
+    return out
 
 
 def f64_to_bf16(x: np.ndarray) -> np.ndarray:
@@ -42,7 +44,8 @@ def f32_to_f16(x: np.ndarray, mode: str = "rn") -> np.ndarray:
 def f32_to_tf32(x: np.ndarray) -> np.ndarray:
     """cvt.rna: ties away from zero."""
     bits = np.ascontiguousarray(x, _f32).view(_u32)
-    return ((bits + _u32(0x1000)) & _u32(0xFFFFE000)).view(_f32)
+    out: np.ndarray = ((bits + _u32(0x1000)) & _u32(0xFFFFE000)).view(_f32)
+    return out
 
 
 def flush(x: np.ndarray) -> np.ndarray:
@@ -146,4 +149,5 @@ def f32_to_fp8(x: np.ndarray, kind: str) -> np.ndarray:
     take_below = (to_below < to_above) | ((to_below == to_above) & (below % 2 == 0))
     code = np.where((values[above] == magnitude) | ~take_below, above, below).astype(np.uint8)
     code = np.where(np.isnan(x), np.uint8(0x7F), code)
-    return (code | (np.signbit(x).astype(np.uint8) << np.uint8(7))).astype(np.uint8)
+    out: np.ndarray = (code | (np.signbit(x).astype(np.uint8) << np.uint8(7))).astype(np.uint8)
+    return out

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Iterator
 
 from .ptx import (
     WIDTH,
@@ -26,6 +27,7 @@ from .ptx import (
     Sym,
     Variable,
     Vec,
+    expect,
 )
 
 _SPECIAL = re.compile(
@@ -133,22 +135,34 @@ class _Parser:
         self.kernel: Kernel | None = None
         self.scopes = _Scopes()
         self.depth = 0  # open braces of the kernel
-        self.source: tuple[int, int] | None = None
+        self.source: tuple[tuple[int, int], ...] = ()
+        self.inlined_at: dict[tuple[str, ...], tuple[str, ...]] = {}  # file, line and column of a call's caller
 
     def parse(self) -> Module:
-        self._advance(_BLANK.match(self.text, self.at).end())
+        self._advance(self._must(_BLANK.match(self.text, self.at)).end())
         while self.at < len(self.text):
             self._item()
-            self._advance(_BLANK.match(self.text, self.at).end())
+            self._advance(self._must(_BLANK.match(self.text, self.at)).end())
         return self.module
 
     def _advance(self, to: int) -> None:
         self.line += self.text.count("\n", self.at, to)
         self.at = to
 
+    @property
+    def _open(self) -> Kernel:
+        if self.kernel is None:
+            raise self._error("a statement outside a function")
+        return self.kernel
+
     def _error(self, message: str) -> PtxError:
         where = f"{self.kernel.name}: " if self.kernel else ""
         return PtxError(f"{where}{message}\n  at PTX line {self.line}")
+
+    def _must(self, match: re.Match[str] | None) -> re.Match[str]:
+        if match is None:
+            raise self._error("a statement is not understood")
+        return match
 
     def _item(self) -> None:
         if match := _LINE_DIRECTIVE.match(self.text, self.at):
@@ -185,9 +199,23 @@ class _Parser:
     def _line_directive(self, match: re.Match[str]) -> None:
         words = match.group(2).split()
         if match.group(1) == "loc":
-            self.source = (int(words[0]), int(words[1]))
+            self.source = tuple(self._inlining(words))
         else:
             self.module.files[int(words[0])] = match.group(2).split('"')[1]
+
+    def _inlining(self, words: list[str]) -> Iterator[tuple[int, int]]:
+        """The place that a .loc names, and the calls that it was inlined at, innermost first."""
+        first = tuple(words[:3])
+        self.inlined_at.pop(first, None)
+        if "inlined_at" in words:
+            at = words.index("inlined_at") + 1
+            self.inlined_at[first] = tuple(words[at : at + 3])
+        seen: list[tuple[str, ...]] = []
+        place: tuple[str, ...] | None = first
+        while place is not None and place not in seen:
+            seen.append(place)
+            yield int(place[0]), int(place[1])
+            place = self.inlined_at.get(place)
 
     def _directive(self, match: re.Match[str]) -> None:
         name, value = match.group(1), match.group(2).strip()
@@ -201,7 +229,7 @@ class _Parser:
     def _function(self, match: re.Match[str]) -> None:
         params, offset = [], 0
         for text in _split(match.group(3) or ""):
-            align, type_name, name, count = _PARAM.match(text).groups()
+            align, type_name, name, count = self._must(_PARAM.match(text)).groups()
             width = WIDTH[type_name] // 8
             alignment = int(align or width)
             offset = (offset + alignment - 1) // alignment * alignment
@@ -235,19 +263,19 @@ class _Parser:
 
     def _resolve_scope(self) -> None:
         names, _ = self.scopes.stack[-1]
-        for ins in self.kernel.code:
+        for ins in self._open.code:
             if ins.base == "bra" and ins.target < 0:
-                label = names.get("L:" + ins.args[0].name)
+                label = names.get("L:" + expect(ins.args[0], Sym).name)
                 if label is not None:
-                    ins.target = self.kernel.labels[label]
+                    ins.target = self._open.labels[label]
 
     def _resolve_kernel(self) -> None:
-        for ins in self.kernel.code:
+        for ins in self._open.code:
             if ins.base == "bra" and ins.target < 0:
-                label = "L:" + ins.args[0].name
-                if label not in self.kernel.labels:
-                    raise PtxError(f"{self.kernel.name}: unknown label {ins.args[0].name}\n  at PTX line {ins.line}")
-                ins.target = self.kernel.labels[label]
+                label = "L:" + expect(ins.args[0], Sym).name
+                if label not in self._open.labels:
+                    raise PtxError(f"{self._open.name}: unknown label {label[2:]}\n  at PTX line {ins.line}")
+                ins.target = self._open.labels[label]
 
     def _statement(self, text: str) -> None:
         if not text.startswith("."):
@@ -265,13 +293,13 @@ class _Parser:
             counted = re.match(r"(.+)<(\d+)>$", name)
             every = [f"{counted.group(1)}{k}" for k in range(int(counted.group(2)))] if counted else [name]
             for one in every:
-                self.kernel.registers[self.scopes.declare(one)] = WIDTH[type_name]
+                self._open.registers[self.scopes.declare(one)] = WIDTH[type_name]
 
     def _variable(self, qualifiers: str, space: str, text: str) -> Variable:
         align = re.search(r"\.align\s+(\d+)", text)
-        type_name = _VARIABLE_TYPE.search(text)
+        type_name = self._must(_VARIABLE_TYPE.search(text))
         width = WIDTH[type_name.group(1)] // 8
-        name, dims, initial = _VARIABLE_NAME.match(text[type_name.end() :]).groups()
+        name, dims, initial = self._must(_VARIABLE_NAME.match(text[type_name.end() :])).groups()
         count, dynamic = 1, "extern" in qualifiers
         for dim in re.findall(r"\[([^\]]*)\]", dims):
             if dim.strip():
@@ -302,7 +330,7 @@ class _Parser:
                 raise self._error(f"unknown guard {match.group(2)}")
             guard = Reg(name, match.group(1) == "!")
             text = match.group(3).strip()
-        op, rest = _OPCODE.match(text).groups()
+        op, rest = self._must(_OPCODE.match(text)).groups()
         base, *mods = op.split(".")
         rest = " ".join(rest.split())
         if base in ("bra", "call"):
@@ -311,7 +339,7 @@ class _Parser:
             args = [self._operand(part) for part in _split(rest)]
         prefix = f"@{'!' if guard.negated else ''}{guard.name} " if guard else ""
         text = f"{prefix}{op} {rest}".rstrip()
-        self.kernel.code.append(Instruction(op, base, mods, args, guard, self.line, self.source, text))
+        self._open.code.append(Instruction(op, base, mods, args, guard, self.line, self.source, text))
 
     def _operand(self, text: str) -> Operand:
         if text.startswith("{"):
@@ -322,7 +350,7 @@ class _Parser:
             first, second = text.split("|")
             return Pair(self._operand(first.strip()), self._operand(second.strip()))
         if text.startswith("!"):
-            return Reg(self._operand(text[1:]).name, True)
+            return Reg(expect(self._operand(text[1:]), Reg).name, True)
         if text == "_":
             return Reg("_")
         if _SPECIAL.match(text):

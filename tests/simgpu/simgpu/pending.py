@@ -6,7 +6,7 @@ State of a batch of blocks, in plain records. The rules by which it changes are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -54,6 +54,8 @@ class MBarrier:
 class BulkCopy:
     """A bulk copy from global to shared memory; it completes when its mbarrier is asked about it."""
 
+    ins: Instruction
+    lane: int
     barrier: MBarrier
     target: int
     source: int
@@ -61,10 +63,17 @@ class BulkCopy:
 
 
 @dataclass
-class WgmmaGroup:
-    """Multiplications between two wgmma.commit_group."""
+class Multiplication:
+    ins: Instruction
+    lane: int
+    finish: Callable[[], None]
 
-    finish: list[Callable[[], None]] = field(default_factory=list)
+
+@dataclass
+class WgmmaGroup:
+    """What is started between two wgmma.commit_group."""
+
+    multiplications: list[Multiplication] = field(default_factory=list)
     committed: bool = False
 
 
@@ -84,3 +93,13 @@ class Pending:
         self.bulk_copies: list[BulkCopy] = []
         self.wgmma: list[WgmmaGroup] = []
         self.accumulators: dict[str, Accumulator] = {}
+
+    def unfinished(self) -> Iterator[tuple[Instruction, int]]:
+        """Operations in flight, one of each kind at least, with a lane that started it."""
+        if self.copies:
+            yield self.copies[0].ins, int(self.copies[0].lanes[0])
+        if self.bulk_copies:
+            yield self.bulk_copies[0].ins, self.bulk_copies[0].lane
+        for group in self.wgmma:
+            for multiplication in group.multiplications[:1]:
+                yield multiplication.ins, multiplication.lane

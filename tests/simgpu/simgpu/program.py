@@ -52,13 +52,13 @@ class Program:
         count_memory: bool = True,
         batch: int | None = None,
         max_steps: int = 2_000_000,
-        cross_block: bool = False,
+        cross_block: bool = True,
     ) -> Launch:
         """Runs a kernel to its end. `shared` is dynamic shared memory in bytes.
 
         race: check shared memory for races and missing waits. count_memory: count sectors and bank conflicts.
         batch: blocks that run together. max_steps: turns of the scheduler after which a kernel that goes on looping is
-        stopped. cross_block: find two blocks that write the same byte.
+        stopped. cross_block: find two blocks that store to the same byte; turn it off for a kernel that orders them.
         """
         launch = Launch(
             self.module,
@@ -77,7 +77,9 @@ class Program:
         if batch is None:
             batch = max(1, _BATCH_LANES // ((launch.threads + 31) // 32 * 32))
         for first in range(0, launch.blocks, batch):
-            Scheduler(Machine(launch, range(first, min(launch.blocks, first + batch)))).run()
+            scheduler = Scheduler(Machine(launch, range(first, min(launch.blocks, first + batch))))
+            scheduler.run()
+            launch.turns = max(launch.turns, scheduler.turn)
         return launch
 
     @property

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TypeVar
 
 # Bits of each fundamental type.
 WIDTH = {
@@ -81,6 +83,7 @@ class Pair:
 
 
 Operand = Reg | Imm | Sym | Special | Vec | Addr | Pair
+_Kind = TypeVar("_Kind", Reg, Imm, Sym, Vec, Addr, Pair)
 
 
 @dataclass
@@ -91,7 +94,7 @@ class Instruction:
     args: list[Operand]
     guard: Reg | None
     line: int  # in the PTX text
-    source: tuple[int, int] | None = None  # number of the CUDA file, line
+    source: tuple[tuple[int, int], ...] = ()  # number of the CUDA file and line, then where that was inlined
     text: str = ""
     target: int = -1  # of a branch: index into Kernel.code
 
@@ -126,6 +129,12 @@ class Kernel:
     labels: dict[str, int] = field(default_factory=dict)
     directives: dict[str, str] = field(default_factory=dict)
 
+    @cached_property
+    def accumulators(self) -> frozenset[str]:
+        """The registers that wgmma writes to."""
+        multiplications = (ins.args[:1] for ins in self.code if ins.op.startswith("wgmma.mma_async"))
+        return frozenset(name for target in multiplications for name in registers_of(target))
+
 
 @dataclass
 class Module:
@@ -135,6 +144,13 @@ class Module:
     kernels: dict[str, Kernel] = field(default_factory=dict)
     variables: list[Variable] = field(default_factory=list)
     files: dict[int, str] = field(default_factory=dict)  # number -> path of a CUDA source
+
+
+def expect(operand: Operand, kind: type[_Kind]) -> _Kind:
+    """The operand; ValueError if it is not of that kind."""
+    if not isinstance(operand, kind):
+        raise ValueError(f"{operand} is no {kind.__name__}")
+    return operand
 
 
 def data_type(ins: Instruction) -> str:
@@ -169,10 +185,21 @@ def items(operand: Operand) -> tuple[Operand, ...]:
 
 def symbols(operands: Iterable[Operand]) -> Iterator[str]:
     """The names of all variables that operands refer to."""
+    return (operand.name for operand in _leaves(operands) if isinstance(operand, Sym))
+
+
+def registers_of(operands: Iterable[Operand]) -> Iterator[str]:
+    """The names of all registers that operands refer to."""
+    return (operand.name for operand in _leaves(operands) if isinstance(operand, Reg))
+
+
+def _leaves(operands: Iterable[Operand]) -> Iterator[Operand]:
     for operand in operands:
-        if isinstance(operand, Sym):
-            yield operand.name
-        elif isinstance(operand, Addr):
-            yield from symbols([operand.base])
+        if isinstance(operand, Addr):
+            yield from _leaves([operand.base])
         elif isinstance(operand, Vec):
-            yield from symbols(operand.items)
+            yield from _leaves(operand.items)
+        elif isinstance(operand, Pair):
+            yield from _leaves([operand.first, operand.second])
+        else:
+            yield operand

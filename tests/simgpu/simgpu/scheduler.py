@@ -16,7 +16,7 @@ from .instructions import decode
 from .launch import SimError
 from .machine import Machine
 from .ptx import Imm
-from .steps import ALL, Barrier, Branch, Exit, Lanes, WarpSync
+from .steps import ALL, Barrier, Branch, Exit, Lanes, Step, WarpSync
 
 _SPIN_LIMIT = 64  # backward branches before another group gets a turn
 _FULL_WARP = 0xFFFFFFFF
@@ -31,12 +31,17 @@ class _Arrivals:
     threads: int | None = None
 
 
+def _no_operation(i: Lanes) -> None:
+    raise AssertionError("the scheduler itself acts on this step")
+
+
 class Scheduler:
     def __init__(self, machine: Machine) -> None:
         self.m = machine
         self.code = machine.kernel.code
         self.end = len(self.code)
         self.steps = [decode(machine, ins) for ins in self.code]
+        self.operations = [step if callable(step) else _no_operation for step in self.steps]
         # From each instruction, the next one that is not a plain operation.
         self.next_control = [self.end] * (self.end + 1)
         for pc in range(self.end - 1, -1, -1):
@@ -64,9 +69,8 @@ class Scheduler:
                     spins += 1
                     if self.turn > self.m.launch.max_steps:
                         raise self._endless()
-        if self.m.pending.copies:
-            copy = self.m.pending.copies[0]
-            self.m.hazard("asynchronous copies were never waited for", copy.ins, copy.lanes[0])
+        for ins, lane in self.m.pending.unfinished():
+            self.m.hazard("asynchronous operation was never waited for", ins, lane)
 
     def _enqueue(self, pc: int, mask: np.ndarray) -> None:
         if pc in self.runnable:
@@ -90,13 +94,13 @@ class Scheduler:
         """Advances lanes until they meet others, wait, diverge or end. True if they went backward."""
         m, steps = self.m, self.steps
         i = self._lanes(mask)
-        lanes = m.lane_count if i is ALL else len(i)
-        warps = m.lane_count >> 5 if i is ALL else len(np.unique(i >> 5))
+        lanes = m.lane_count if i is ALL else len(m.lanes[i])
+        warps = m.lane_count >> 5 if i is ALL else len(np.unique(m.lanes[i] >> 5))
         meet = min((other for other in self.runnable if other > pc), default=self.end + 1)
         while True:
             stop = min(self.next_control[pc], meet)
-            for k in range(pc, stop):
-                steps[k](i)
+            for operation in self.operations[pc:stop]:
+                operation(i)
             m.counters.executed(pc, stop, warps, lanes)
             pc = stop
             if pc == meet:
@@ -122,7 +126,7 @@ class Scheduler:
             elif isinstance(step, Exit):
                 self._exit_guarded(pc, i, mask)
                 return False
-            else:
+            elif isinstance(step, Barrier):
                 self._arrive(pc, step, i, mask)
                 return False
             if pc == meet:
@@ -204,9 +208,9 @@ class Scheduler:
         """(warps, 32): the lanes that must be here before any goes on."""
         m, ins = self.m, self.code[pc]
         by_warp, alive = here.reshape(-1, 32), self.m.alive.reshape(-1, 32)
-        any_here = by_warp.any(1)
+        any_here: np.ndarray = np.logical_or.reduce(by_warp, axis=1)
         if step.aligned:
-            partly_gone = any_here & ~alive.all(1)
+            partly_gone = np.logical_and(any_here, np.logical_not(alive.all(1)))
             if partly_gone.any():
                 lane = int(np.argmax((by_warp & partly_gone[:, None]).ravel()))
                 m.fail(ins, "an .aligned instruction is executed after a lane of the warp has ended", lane)
@@ -218,7 +222,7 @@ class Scheduler:
         masks[lanes] = step.members(lanes)
         members = masks.reshape(-1, 32)[np.arange(len(by_warp)), by_warp.argmax(1)]
         named = ((members[:, None] >> np.arange(32, dtype=np.uint32)) & np.uint32(1)).astype(bool)
-        needed = named & alive & any_here[:, None]
+        needed: np.ndarray = named & alive & any_here[:, None]
         outside = (by_warp & ~needed).ravel()
         if outside.any():
             lane = int(np.argmax(outside))
@@ -275,18 +279,18 @@ class Scheduler:
         m.shared.block_barrier(block, np.nonzero(warps)[0], m.now, everyone=not missing.any())
         m.counters.barriers += 1
         if len(arrivals.waiting) > 1:
-            pc = max(arrivals.waiting)
-            lane = int(np.argmax(arrivals.waiting[pc]))
-            m.hazard("one barrier is reached at different instructions", self.code[pc], lane)
+            first, last = min(arrivals.waiting), max(arrivals.waiting)
+            other, lane = (int(np.argmax(arrivals.waiting[pc])) for pc in (first, last))
+            m.hazard("one barrier is reached at different instructions", self.code[last], lane, other=other)
         for pc, mask in arrivals.waiting.items():
             self._reduce(self.steps[pc], mask)
             self._enqueue(pc + 1, mask)
         del self.barriers[key]
 
-    def _reduce(self, step: Barrier, mask: np.ndarray) -> None:
-        reduction = step.reduction
-        if reduction is None:
+    def _reduce(self, step: Step, mask: np.ndarray) -> None:
+        if not isinstance(step, Barrier) or step.reduction is None:
             return
+        reduction = step.reduction
         lanes = np.nonzero(mask)[0]
         values = self.m.spread(lanes, reduction.source(lanes))[1]
         if reduction.op == "popc":
@@ -314,7 +318,10 @@ class Scheduler:
         return SimError(f"{self.m.kernel.name}: deadlock\n  " + "\n  ".join(lines[:12]))
 
     def _endless(self) -> SimError:
-        places = "\n  ".join(f"{int(mask.sum())} lanes at {self._place(pc)}" for pc, mask in self.runnable.items())
+        places = "\n  ".join(
+            f"{int(mask.sum())} lanes, {self.m.thread_name(int(np.argmax(mask)))} among them, at {self._place(pc)}"
+            for pc, mask in self.runnable.items()
+        )
         return SimError(f"{self.m.kernel.name}: no end after {self.turn} turns of the scheduler\n  {places}")
 
     def _place(self, pc: int) -> str:

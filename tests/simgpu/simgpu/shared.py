@@ -1,10 +1,11 @@
 """Shared memory of a batch of blocks, with a happens-before check of every access.
 
 For each granule (the smallest access that the kernel makes) it remembers the last write, its lane, and the last read
-of each warp, as times of the simulator's step counter. ordered[block, w, v] is the time up to which everything that
-warp v did happens before what warp w does next; barriers and mbarriers raise it. An access that is later than that is
-a race, whatever the order in which the simulator happened to run the warps. Column `warps` of that table is the
-asynchronous proxy: bulk copies. Bounds, alignment and bank conflicts are checked and counted elsewhere.
+and atomic operation of each warp, as times of the simulator's step counter. Atomics race with plain accesses only.
+ordered[block, w, v] is the time up to which everything that warp v did happens before what warp w does next; barriers
+and mbarriers raise it. An access that is later than that is a race, whatever the order in which the simulator happened
+to run the warps. Column `warps` of that table is the asynchronous proxy: bulk copies. Bounds, alignment and bank
+conflicts are checked and counted elsewhere.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from .ptx import Instruction
 PENDING = 1 << 62  # a time that nothing is ordered after: the access has not happened yet
 
 _ASYNC_LANE = -1
+_OTHERS = 1 << 30  # beside a lane: others of its warp have done the same since the warp was last synchronised
 
 # (kind, instruction, lane, address in the block, the other access's lane)
 Report = Callable[[str, Instruction, int, int, int | None], None]
@@ -49,6 +51,10 @@ class SharedMemory:
         self.ordered = np.full((blocks, warps + 1, warps + 1), -1, np.int64)
         self.block_synced_at = np.full(blocks, -1, np.int64)  # the last barrier of all warps
         self.warp_synced_at = np.full(blocks * (warps + 1), -1, np.int64)  # the last __syncwarp or barrier
+        # Of atomics, as of reads; made when there is one.
+        self.atomic_at: np.ndarray | None = None
+        self.atomic_by = self.read_by[:0]
+        self.atomic_at_by_warp = self.read_at_by_warp[:0]
 
     def note_read(self, lanes: np.ndarray, offsets: np.ndarray, size: int, now: int, ins: Instruction) -> None:
         granules, lanes = self._granules(lanes, offsets, size)
@@ -59,26 +65,35 @@ class SharedMemory:
             self._check_writes(
                 granules[recent], lanes[recent], written_at[recent], block[recent], ins, "read after write"
             )
-        unwritten = written_at < 0
-        if unwritten.any():
-            k = np.argmax(unwritten)
-            self.report("uninitialised shared read", ins, lanes[k], self._address(granules[k]), None)
-        self.read_at[granules] = now
-        self.read_by[granules] = lanes
-        self.read_at_by_warp[self._warp(lanes) * self.granules + granules] = now
+        self._check_unwritten(granules, lanes, written_at, ins, "read")
+        if self.atomic_at is not None:
+            self._check_earlier(
+                "read after atomic", granules, lanes, block, ins, self.atomic_at_by_warp, self.atomic_by
+            )
+        self._note(granules, lanes, block, now, self.read_at, self.read_by, self.read_at_by_warp)
 
     def note_write(self, lanes: np.ndarray, offsets: np.ndarray, size: int, now: int, ins: Instruction) -> bool:
         """True if two lanes write the same granule in this instruction."""
         granules, lanes = self._check_before_write(lanes, offsets, size, ins)
         self.written_at[granules] = now
         self.written_by[granules] = lanes
-        return bool((self.written_by[granules] != lanes).any())
+        last = self.written_by[granules]
+        between_warps = self._warp(last) != self._warp(lanes)
+        if between_warps.any():
+            k = np.argmax(between_warps)
+            what = "write after write: no barrier between warps"
+            self.report(what, ins, lanes[k], self._address(granules[k]), last[k])
+        return bool((last != lanes).any())
 
-    def note_atomic(self, lanes: np.ndarray, offsets: np.ndarray, size: int, now: int) -> None:
-        """Atomics are ordered with each other; as reads they are checked against later plain writes."""
-        granules, lanes = self._granules(lanes, offsets, size)
-        self.read_at[granules] = now
-        self.read_by[granules] = lanes
+    def note_atomic(self, lanes: np.ndarray, offsets: np.ndarray, size: int, now: int, ins: Instruction) -> None:
+        if self.atomic_at is None:
+            self.atomic_at, self.atomic_by = np.full_like(self.read_at, -1), np.full_like(self.read_by, -1)
+            self.atomic_at_by_warp = np.full_like(self.read_at_by_warp, -1)
+        granules, lanes = self._check_plain(lanes, offsets, size, ins, "atomic after write", "atomic after read")
+        if "exch" not in ins.mods:
+            self._check_unwritten(granules, lanes, self.written_at[granules], ins, "atomic")
+        block = lanes // self.lanes_per_block
+        self._note(granules, lanes, block, now, self.atomic_at, self.atomic_by, self.atomic_at_by_warp)
 
     def note_copy_started(self, lanes: np.ndarray, offsets: np.ndarray, size: int, ins: Instruction) -> None:
         granules, lanes = self._check_before_write(lanes, offsets, size, ins)
@@ -113,7 +128,7 @@ class SharedMemory:
         """`warps` have met; `everyone` says that these are all that still run."""
         if not self.check:
             return
-        self.ordered[np.ix_([block], warps, warps)] = now
+        self.ordered[block][np.ix_(warps, warps)] = now
         if everyone:
             self.ordered[block, : self.warps, : self.warps] = now
             self.block_synced_at[block] = now
@@ -126,7 +141,7 @@ class SharedMemory:
 
     def clock(self, block: int, warp: int, now: int) -> np.ndarray:
         """What is ordered before the next step of a warp: what it releases when it arrives at an mbarrier."""
-        clock = self.ordered[block, warp].copy()
+        clock: np.ndarray = self.ordered[block, warp].copy()
         clock[warp] = now
         return clock
 
@@ -142,7 +157,7 @@ class SharedMemory:
         return granules, lanes
 
     def _warp(self, lanes: np.ndarray) -> np.ndarray:
-        return lanes % self.lanes_per_block >> 5
+        return (lanes & ~_OTHERS) % self.lanes_per_block >> 5
 
     def _address(self, granule: int) -> int:
         return int(granule << self.shift) % self.stride
@@ -173,38 +188,91 @@ class SharedMemory:
                 k = np.argmax(bad)
                 self.report(f"{what}: {why}", ins, lanes[k], self._address(granules[k]), writer[k])
 
+    def _note(
+        self,
+        granules: np.ndarray,
+        lanes: np.ndarray,
+        block: np.ndarray,
+        now: int,
+        at: np.ndarray,
+        by: np.ndarray,
+        at_by_warp: np.ndarray,
+    ) -> None:
+        warp = self._warp(lanes)
+        before = by[granules]
+        recent = at_by_warp[warp * self.granules + granules] > self.warp_synced_at[block * (self.warps + 1) + warp]
+        others = recent & (before != lanes) & (self._warp(before) == warp)
+        by[granules] = np.where(others, lanes | _OTHERS, lanes)
+        several = (by[granules] & ~_OTHERS) != lanes
+        if several.any():
+            by[granules[several]] |= _OTHERS
+        at[granules] = now
+        at_by_warp[warp * self.granules + granules] = now
+
     def _check_before_write(
         self, lanes: np.ndarray, offsets: np.ndarray, size: int, ins: Instruction
     ) -> tuple[np.ndarray, np.ndarray]:
+        granules, lanes = self._check_plain(lanes, offsets, size, ins, "write after write", "write after read")
+        if self.atomic_at is not None:
+            block = lanes // self.lanes_per_block
+            self._check_earlier(
+                "write after atomic", granules, lanes, block, ins, self.atomic_at_by_warp, self.atomic_by
+            )
+        return granules, lanes
+
+    def _check_plain(
+        self, lanes: np.ndarray, offsets: np.ndarray, size: int, ins: Instruction, after_write: str, after_read: str
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What changes memory against the plain writes and reads before it."""
         granules, lanes = self._granules(lanes, offsets, size)
         block = lanes // self.lanes_per_block
         synced_at = self.block_synced_at[block]
         written_at = self.written_at[granules]
         recent = written_at > synced_at
         if recent.any():
-            self._check_writes(
-                granules[recent], lanes[recent], written_at[recent], block[recent], ins, "write after write"
-            )
+            self._check_writes(granules[recent], lanes[recent], written_at[recent], block[recent], ins, after_write)
         recent = self.read_at[granules] > synced_at
         if recent.any():
-            self._check_reads(granules[recent], lanes[recent], block[recent], ins)
+            self._check_earlier(
+                after_read, granules[recent], lanes[recent], block[recent], ins, self.read_at_by_warp, self.read_by
+            )
         return granules, lanes
 
-    def _check_reads(self, granules: np.ndarray, lanes: np.ndarray, block: np.ndarray, ins: Instruction) -> None:
-        """The writes of `lanes` against the last reads of each granule."""
+    def _check_unwritten(
+        self, granules: np.ndarray, lanes: np.ndarray, written_at: np.ndarray, ins: Instruction, what: str
+    ) -> None:
+        unwritten = written_at < 0
+        if self.atomic_at is not None:
+            unwritten &= self.atomic_at[granules] < 0
+        if unwritten.any():
+            k = np.argmax(unwritten)
+            self.report(f"uninitialised shared {what}", ins, lanes[k], self._address(granules[k]), None)
+
+    def _check_earlier(
+        self,
+        what: str,
+        granules: np.ndarray,
+        lanes: np.ndarray,
+        block: np.ndarray,
+        ins: Instruction,
+        at_by_warp: np.ndarray,
+        by: np.ndarray,
+    ) -> None:
+        """The accesses of `lanes` against the last ones of each warp, and of the lane that came last in their own."""
         warp = self._warp(lanes)
-        for reader_warp in range(self.warps):
-            read_at = self.read_at_by_warp[reader_warp * self.granules + granules]
-            held = read_at == PENDING
-            bad = ((warp != reader_warp) | held) & (read_at > self.ordered[block, warp, reader_warp])
+        for other in range(self.warps):
+            at = at_by_warp[other * self.granules + granules]
+            held = at == PENDING
+            bad = ((warp != other) | held) & (at > self.ordered[block, warp, other])
             if bad.any():
                 k = np.argmax(bad)
                 why = "asynchronous operation still reads" if held[k] else "no barrier between warps"
-                self.report(f"write after read: {why}", ins, lanes[k], self._address(granules[k]), reader_warp * 32)
-        reader = self.read_by[granules]
+                base = int(block[k]) * self.lanes_per_block
+                self.report(f"{what}: {why}", ins, lanes[k], self._address(granules[k]), base + other * 32)
+        last, at = by[granules], at_by_warp[warp * self.granules + granules]
         synced_at = self.warp_synced_at[block * (self.warps + 1) + warp]
-        bad = (self._warp(reader) == warp) & (reader != lanes) & (self.read_at[granules] > synced_at)
+        bad = (last >= 0) & (self._warp(last) == warp) & (last != lanes) & (at > synced_at) & (at != PENDING)
         if bad.any():
             k = np.argmax(bad)
             why = "no __syncwarp between lanes of a warp"
-            self.report(f"write after read: {why}", ins, lanes[k], self._address(granules[k]), reader[k])
+            self.report(f"{what}: {why}", ins, lanes[k], self._address(granules[k]), last[k] & ~_OTHERS)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,8 @@ def _cuobjdump() -> str:
     return path
 
 
-def _run(command: Sequence[str], **options: object) -> subprocess.CompletedProcess[str]:
-    result = subprocess.run(command, capture_output=True, text=True, **options)
+def _run(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    result: subprocess.CompletedProcess[str] = subprocess.run(command, capture_output=True, text=True, **options)
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
     return result

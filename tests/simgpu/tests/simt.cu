@@ -35,7 +35,7 @@ extern "C" __global__ void lock(int* l, int* n) {  // spin lock, every thread of
   while (!done)
     if (atomicCAS(l, 0, 1) == 0) {
       *(volatile int*)n = *(volatile int*)n + 1;
-      __threadfence();
+      __threadfence();  // sync: the count is visible before the lock is open; weak ordering is not simulated
       atomicExch(l, 0);
       done = true;
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import cases
 import numpy as np
 import pytest
 import simgpu
@@ -29,7 +30,7 @@ def test_global_memory(program: simgpu.Program, device: simgpu.Device) -> None:
     n = 1000
     x, y = RNG.standard_normal((2, n)).astype(np.float32)
     a, b, c = device.array(x), device.array(y), device.empty(n, np.float32)
-    launch = program.launch("vadd", 8, 128, [a, b, c, n], device, cross_block=True).clean()
+    launch = program.launch("vadd", 8, 128, [a, b, c, n], device).clean()
     assert (c.get() == x + y).all()
     assert launch.totals["global"]["load"] == {
         "requests": 64,
@@ -49,7 +50,7 @@ def test_global_memory(program: simgpu.Program, device: simgpu.Device) -> None:
 @pytest.mark.parametrize("batch", [1, 2])
 def test_two_blocks_write_one_byte(program: simgpu.Program, device: simgpu.Device, batch: int) -> None:
     values, out = device.array(np.zeros(1024, np.float32)), device.empty(32, np.float32)
-    launch = program.launch("strided", 2, 32, [values, out], device, batch=batch, cross_block=True)
+    launch = program.launch("strided", 2, 32, [values, out], device, batch=batch)
     assert kinds(launch) == ["two blocks write the same global byte"]
     assert {launch.hazards[0].thread[:13], launch.hazards[0].other} == {"block (0,0,0)", "block (1,0,0)"}
 
@@ -74,45 +75,13 @@ def test_block_reduction(program: simgpu.Program, device: simgpu.Device) -> None
     assert any(kind.startswith("read after write") for kind in kinds(launch))
 
 
-def test_atomics(program: simgpu.Program, device: simgpu.Device) -> None:
-    x = RNG.integers(0, 64, 5000).astype(np.int32)
-    counts = device.zeros(64, np.int32)
-    program.launch("hist", 1, 256, [device.array(x), counts, len(x)], device).clean()
-    assert (counts.get() == np.bincount(x, minlength=64)).all()
-    lock, entered = device.zeros(1, np.int32), device.zeros(1, np.int32)
-    program.launch("lock", 3, 40, [lock, entered], device)
-    assert entered.get()[0] == 120 and lock.get()[0] == 0
+def test_divergence(program: simgpu.Program) -> None:
+    assert cases.collatz.run(program).totals["divergent_branches"] > 0
 
 
-def test_divergence(program: simgpu.Program, device: simgpu.Device) -> None:
-    def steps(x: int) -> int:
-        count = 0
-        while x != 1:
-            x = 3 * x + 1 if x & 1 else x >> 1
-            count += 1
-        return count
-
-    x = RNG.integers(1, 1000, 300).astype(np.int32)
-    out = device.zeros(300, np.int32)
-    launch = program.launch("collatz", 5, 64, [device.array(x), out, 300], device).clean()
-    assert out.get().tolist() == [steps(value) for value in x.tolist()]
-    assert launch.totals["divergent_branches"] > 0
-
-
-def test_local_memory(program: simgpu.Program, device: simgpu.Device) -> None:
-    out = device.zeros(64, np.int32)
-    program.launch("local_array", 1, 64, [out, 20], device).clean()
-    assert out.get().tolist() == [sum(((k * 7) & 15) * thread for k in range(20)) for thread in range(64)]
-
-
-def test_warp_functions(program: simgpu.Program, device: simgpu.Device) -> None:
-    out = device.zeros((64, 4), np.uint32)
-    program.launch("warp_votes", 1, 64, [out], device).clean()
-    for thread, (ballot, match, total, count) in enumerate(out.get().tolist()):
-        warp = range(thread // 32 * 32, thread // 32 * 32 + 32)
-        assert ballot == sum(1 << (lane & 31) for lane in warp if lane % 3 == 0)
-        assert match == sum(1 << (lane & 31) for lane in warp if lane % 5 == thread % 5)
-        assert total == sum(warp) and count == 32
+@pytest.mark.parametrize("case", [cases.hist, cases.lock, cases.local_array, cases.warp_votes], ids=lambda c: c.kernel)
+def test_results(program: simgpu.Program, case: simgpu.Case) -> None:
+    case.run(program)
 
 
 def test_absent_lane(program: simgpu.Program, device: simgpu.Device) -> None:
@@ -123,7 +92,7 @@ def test_absent_lane(program: simgpu.Program, device: simgpu.Device) -> None:
 def test_endless_loop(program: simgpu.Program, device: simgpu.Device) -> None:
     held, entered = device.array(np.ones(1, np.int32)), device.zeros(1, np.int32)
     with pytest.raises(
-        simgpu.SimError, match=r"lock: no end after \d+ turns of the scheduler\n  \d+ lanes at PTX line"
+        simgpu.SimError, match=r"lock: no end after \d+ turns of the scheduler\n  \d+ lanes, block .* at PTX line"
     ):
         program.launch("lock", 1, 32, [held, entered], device, max_steps=100)
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import simgpu
+from cases import multiply_wgmma
 
-RNG = np.random.default_rng(1)
 K = 256
 
 
@@ -17,32 +17,11 @@ def program(compiled: Callable[..., simgpu.Program]) -> simgpu.Program:
     return compiled("wgmma.cu", "sm_90a")
 
 
-def tiles(x: np.ndarray, swizzled: bool) -> np.ndarray:
-    """64 x K as tiles of 64 x 64 in the layout that the kernel's descriptors name."""
-    out = []
-    for start in range(0, x.shape[1], 64):
-        chunks = x[:, start : start + 64].reshape(64, 8, 8)
-        if swizzled:
-            tile, row = np.empty_like(chunks), np.arange(64)
-            for q in range(8):
-                tile[row, q ^ (row & 7)] = chunks[row, q]
-        else:
-            tile = chunks.reshape(8, 8, 8, 8).transpose(0, 2, 1, 3)
-        out.append(tile.ravel())
-    return np.concatenate(out)
-
-
 @pytest.mark.parametrize(
     "name, swizzled, decay", [("plain", False, 1), ("sw128", True, 1), ("sw128", True, 0.5), ("pipelined", True, 1)]
 )
 def test_wgmma(program: simgpu.Program, name: str, swizzled: bool, decay: float) -> None:
-    a, b = RNG.standard_normal((2, 64, K)).astype(np.float16)
-    device = simgpu.Device(16 << 20)
-    y = device.empty((64, 64), np.float32)
-    args = [device.array(tiles(a, swizzled)), device.array(tiles(b, swizzled)), y, K, decay]
-    launch = program.launch(f"wgmma_{name}", 1, 160, args, device, shared=32768).clean()
-    factors = np.repeat(decay ** np.arange(K // 64 - 1, -1, -1.0), 64)
-    assert np.abs(y.get() - (a * factors) @ b.astype(float).T).max() < 1e-4
+    launch = multiply_wgmma(program, f"wgmma_{name}", swizzled, K, decay)
     assert launch.totals["bulk_bytes"] == 2 * 64 * K * 2
 
 

@@ -40,7 +40,7 @@ __device__ void body(const half* a, const half* b, float* y, int K, float decay)
       mb_init(su(&full[i]), 1);
       mb_init(su(&empty[i]), 128);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;");
+    asm volatile("fence.mbarrier_init.release.cluster;");  // sync: for the asynchronous proxy, not simulated
   }
   __syncthreads();
   if (tid >= 128) {
@@ -60,6 +60,7 @@ __device__ void body(const half* a, const half* b, float* y, int K, float decay)
     mb_wait(su(&full[s]), (t >> 1) & 1);
     if (LEFT == 0)
       for (int i = 0; i < 32; i++) c[i] *= decay;
+    // sync: orders accesses to the accumulators' registers before wgmma, which is not simulated
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
     for (int k = 0; k < 4; k++) {

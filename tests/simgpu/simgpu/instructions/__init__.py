@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-
 from ..machine import Machine
-from ..ptx import Instruction
-from ..steps import ALL, Lanes, Operation, Step
+from ..ptx import Instruction, Reg
+from ..steps import Lanes, Operation, Step
 from . import (
     arithmetic,
     async_copy,
@@ -59,14 +57,16 @@ def decode(m: Machine, ins: Instruction) -> Step:
         step = INSTRUCTIONS[ins.base](m, ins)
     except (KeyError, IndexError, AttributeError, ValueError, StopIteration) as error:
         raise m.unsupported(ins, f"this form of {ins.base}") from error
-    if ins.guard is None or not callable(step):
+    if not callable(step):
         return step
-    return _guarded(m, ins, step)
+    if ins.base != "wgmma":
+        step = wgmma.watch_accumulators(m, ins, step)
+    return step if ins.guard is None else _guarded(m, ins.guard, step)
 
 
-def _guarded(m: Machine, ins: Instruction, operation: Operation) -> Operation:
+def _guarded(m: Machine, guard: Reg, operation: Operation) -> Operation:
     """The operation on those lanes whose predicate holds. Other steps are guarded by the scheduler."""
-    predicate, negated = m.registers[ins.guard.name], ins.guard.negated
+    predicate, negated = m.registers[guard.name], guard.negated
 
     def execute(i: Lanes) -> None:
         holds = predicate[i]
@@ -75,6 +75,6 @@ def _guarded(m: Machine, ins: Instruction, operation: Operation) -> Operation:
         if holds.all():
             operation(i)
         elif holds.any():
-            operation(np.nonzero(holds)[0] if i is ALL else i[holds])
+            operation(m.lanes[i][holds])
 
     return execute

@@ -94,7 +94,8 @@ def _high_64(a: np.ndarray, b: np.ndarray, signed: bool) -> np.ndarray:
     if signed:
         zero = np.uint64(0)
         high = high - np.where(x.view(np.int64) < 0, y, zero) - np.where(y.view(np.int64) < 0, x, zero)
-    return high.view(a.dtype)
+    out: np.ndarray = high.view(a.dtype)
+    return out
 
 
 def _product(ins: Instruction) -> tuple[Function, str]:
@@ -156,7 +157,8 @@ def _div(m: Machine, ins: Instruction) -> Operation:
         zero = b == 0
         divisor = np.where(zero, b.dtype.type(1), b)
         quotient = (a - np.fmod(a, divisor)) // divisor
-        return np.where(zero, ~b.dtype.type(0), quotient)
+        out: np.ndarray = np.where(zero, ~b.dtype.type(0), quotient)
+        return out
 
     return binary(m, ins, divide, type_name)
 

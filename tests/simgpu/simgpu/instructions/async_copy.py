@@ -10,9 +10,9 @@ import numpy as np
 
 from .. import access
 from ..machine import Machine
-from ..memory import ALLOCATED, INITIALISED, POISON, SHARED_WINDOW
+from ..memory import ALLOCATED, INITIALISED, POISON, READ_ONLY, SHARED_WINDOW
 from ..pending import BulkCopy, Copy
-from ..ptx import Instruction, Reg
+from ..ptx import Imm, Instruction, Reg, expect
 from ..steps import Lanes, Operation, Reader
 from . import mbarrier
 
@@ -25,7 +25,7 @@ def _cp(m: Machine, ins: Instruction) -> Operation:
     if "commit_group" in ins.mods:
         return lambda i: _commit(m, i)
     if "wait_group" in ins.mods:
-        groups = ins.args[0].value
+        groups = expect(ins.args[0], Imm).value
         return lambda i: _wait(m, i, groups)
     if "wait_all" in ins.mods:
         return lambda i: _wait(m, i, None)
@@ -55,7 +55,7 @@ def _arrive_when_done(m: Machine, ins: Instruction) -> Operation:
 
 def _copy(m: Machine, ins: Instruction) -> Operation:
     target, source = m.address(ins.args[0]), m.address(ins.args[1])
-    size = ins.args[2].value
+    size = expect(ins.args[2], Imm).value
     read_count = _source_count(m, ins, size)
 
     def execute(i: Lanes) -> None:
@@ -98,7 +98,7 @@ def _check_sources(
     m: Machine, ins: Instruction, lanes: np.ndarray, sources: np.ndarray, counts: np.ndarray, size: int
 ) -> np.ndarray:
     """The offsets in device memory; 0 for lanes that read nothing, whose address may be anything."""
-    offsets = np.where(counts > 0, sources - m.device.base, 0)
+    offsets = np.where(counts > 0, m.device.offsets(sources), 0)
     reads = counts > 0
     if not reads.any():
         return offsets
@@ -108,13 +108,14 @@ def _check_sources(
         k = np.argmax(misaligned)
         m.fail(ins, f"misaligned cp.async read at {sources[k]:#x}, which is no multiple of {size}", lanes[k])
     ends = offsets + np.maximum(counts, 1) - 1
-    bad = reads & ((offsets < 0) | (ends >= m.device.bytes.size))
-    if not bad.any():
-        bad = reads & ((m.device.flags[offsets] & m.device.flags[ends] & ALLOCATED) == 0)
-    if bad.any():
-        k = np.argmax(bad)
-        where = m.device.where(sources[k])
-        m.fail(ins, f"out-of-bounds cp.async read of {counts[k]} bytes at {sources[k]:#x} ({where})", lanes[k])
+    outside = reads & ((offsets < 0) | (ends >= m.device.bytes.size))
+    access.refuse_unmapped(m, ins, lanes, sources, outside, size, "cp.async read")
+    flags = m.device.flags[offsets] & m.device.flags[ends]
+    access.refuse_unmapped(m, ins, lanes, sources, reads & ((flags & ALLOCATED) == 0), size, "cp.async read")
+    unwritten = reads & ((flags & INITIALISED) == 0)
+    if unwritten.any():
+        k = np.argmax(unwritten)
+        m.hazard("uninitialised global read", ins, lanes[k], int(sources[k]))
     m.counters.global_access(ins, "cp.async", lanes[reads], offsets[reads], size)
     return offsets
 
@@ -166,9 +167,8 @@ def _bulk(m: Machine, ins: Instruction) -> Operation:
         _, sizes = m.spread(i, size(i))
         barriers = m.spread(i, barrier(i))[1] if barrier else None
         for k, lane in enumerate(lanes):
-            _bulk_of_lane(
-                m, ins, lane, int(targets[k]), int(sources[k]), int(sizes[k]), int(barriers[k]) if barrier else None
-            )
+            at = None if barriers is None else int(barriers[k])
+            _bulk_of_lane(m, ins, lane, int(targets[k]), int(sources[k]), int(sizes[k]), at)
 
     return execute
 
@@ -184,10 +184,8 @@ def _bulk_of_lane(
             lane,
         )
     far, near = (source, target) if barrier is not None else (target, source)
-    offset = far - m.device.base
+    offset = _check_bulk_global(m, ins, lane, far, size, writes=barrier is None)
     end = offset + size
-    if offset < 0 or end > m.device.bytes.size or not (m.device.flags[offset:end] & ALLOCATED).all():
-        m.fail(ins, f"out-of-bounds cp.async.bulk of {size} bytes at {far:#x} ({m.device.where(far)})", lane)
     near -= SHARED_WINDOW if near >= SHARED_WINDOW else 0
     if near < 0 or near + size > m.layout.shared_bytes:
         m.fail(
@@ -204,12 +202,28 @@ def _bulk_of_lane(
         if m.shared.check:
             m.shared.note_copy_started(owner, pieces, 16, ins)
         m.shared.bytes[near : near + size] = POISON
-        m.pending.bulk_copies.append(BulkCopy(mbarrier.find(m, ins, lane, barrier), near, offset, size))
+        m.pending.bulk_copies.append(BulkCopy(ins, int(lane), mbarrier.find(m, ins, lane, barrier), near, offset, size))
         return
     if m.shared.check:
         m.shared.note_read(owner, pieces, 16, m.now, ins)
     m.device.bytes[offset:end] = m.shared.bytes[near : near + size]
     m.device.flags[offset:end] |= INITIALISED
+    access.note_global_write(m, ins, owner, offset + 16 * np.arange(size // 16), 16)
+
+
+def _check_bulk_global(m: Machine, ins: Instruction, lane: int, address: int, size: int, writes: bool) -> int:
+    """The offset in device memory."""
+    what = "cp.async.bulk write" if writes else "cp.async.bulk read"
+    addresses, lanes = np.array([address]), np.array([lane])
+    offset = int(m.device.offsets(addresses)[0])
+    flags = m.device.flags[offset : offset + size] if offset >= 0 else m.device.flags[:0]
+    unmapped = len(flags) < size or not (flags & ALLOCATED).all()
+    access.refuse_unmapped(m, ins, lanes, addresses, np.array([unmapped]), size, what)
+    if writes and (flags & READ_ONLY).any():
+        m.fail(ins, f"{what} of {size} bytes to read-only memory at {address:#x}", lane)
+    if not writes and not (flags & INITIALISED).all():
+        m.hazard("uninitialised global read", ins, lane, address)
+    return offset
 
 
 INSTRUCTIONS = {"cp": _cp}

@@ -26,7 +26,7 @@ def _combination(op: str, type_name: str) -> Function:
     if op == "exch":
         return lambda old, b, c: b
     if op == "cas":
-        return lambda old, b, c: np.where(old == b, c, old)
+        return lambda old, b, c: np.asarray(np.where(old == b, c, old))
     if op == "inc":
         return lambda old, b, c: np.where(old >= b, zero, old + one)
     if op == "dec":
@@ -95,16 +95,16 @@ def _prepare(
     m: Machine, ins: Instruction, space: str, lanes: np.ndarray, addresses: np.ndarray, size: int
 ) -> tuple[dict[int, np.ndarray], np.ndarray]:
     if space == "global":
-        offsets = access.check_global(m, ins, lanes, addresses, size, "atomic")
+        offsets = access.check_global(m, ins, lanes, addresses, size, "exchange" if "exch" in ins.mods else "atomic")
         m.counters.global_access(ins, "atomic", lanes, offsets, size)
-        access.mark_initialised(m, offsets, size)
+        m.device.mark_initialised(offsets, size)
         return m.device.views, offsets
     if space == "local":
         m.fail(ins, f"atomic operation on local memory at {addresses[0]:#x}", lanes[0])
     offsets = access.check_shared(m, ins, lanes, addresses, size, "atomic")
     m.counters.shared_access(ins, "atomic", lanes, addresses, size, m.lane_count)
     if m.shared.check:
-        m.shared.note_atomic(lanes, offsets, size, m.now)
+        m.shared.note_atomic(lanes, offsets, size, m.now, ins)
     return m.shared.views, offsets
 
 

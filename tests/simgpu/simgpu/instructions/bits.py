@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..machine import DTYPE, UNSIGNED, Machine
-from ..ptx import WIDTH, Imm, Instruction, Pair, bits_type, data_type
+from ..ptx import WIDTH, Imm, Instruction, Pair, bits_type, data_type, expect
 from ..steps import Lanes, Operation
 from .common import Function, binary, readers, target, unary
 
@@ -159,7 +159,7 @@ def _logic_function(table: int) -> Function:
 
 
 def _lop3(m: Machine, ins: Instruction) -> Operation:
-    function = _logic_function(ins.args[4].value & 255)
+    function = _logic_function(expect(ins.args[4], Imm).value & 255)
     a, b, c = readers(m, ins, 3, "b32")
     result = ins.args[0]
     if not isinstance(result, Pair):
@@ -197,7 +197,8 @@ def _prmt(m: Machine, ins: Instruction) -> Operation:
     def pick(both: np.ndarray, selector: np.ndarray) -> np.ndarray:
         byte = (both >> (_U64(8) * (selector & _U64(7)))) & _U64(255)
         sign = np.where((byte & _U64(128)) != 0, _U64(255), _U64(0))
-        return np.where((selector & _U64(8)) != 0, sign, byte)
+        out: np.ndarray = np.where((selector & _U64(8)) != 0, sign, byte)
+        return out
 
     def execute(i: Lanes) -> None:
         both = a(i).astype(_U64) | (b(i).astype(_U64) << _U64(32))
@@ -224,7 +225,8 @@ def _highest_bit(x: np.ndarray) -> np.ndarray:
     filled = x.copy()
     for by in (1, 2, 4, 8, 16, 32):
         filled |= filled >> _U64(by)
-    return np.bitwise_count(filled).astype(np.int64) - 1
+    out: np.ndarray = np.bitwise_count(filled).astype(np.int64) - 1
+    return out
 
 
 def _clz(m: Machine, ins: Instruction) -> Operation:

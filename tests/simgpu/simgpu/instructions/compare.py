@@ -25,7 +25,8 @@ _LOGIC = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
 
 
 def _either_nan(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.isnan(a) | np.isnan(b)
+    out: np.ndarray = np.isnan(a) | np.isnan(b)
+    return out
 
 
 def _comparison(name: str, type_name: str) -> Function:
@@ -61,7 +62,7 @@ def _setp(m: Machine, ins: Instruction) -> Operation:
     def execute(i: Lanes) -> None:
         value = compare(a(i), b(i))
         inverse = ~value
-        if logic:
+        if logic and other:
             before = other(i)
             value, inverse = logic(value, before), logic(inverse, before)
         write(i, value)
@@ -98,10 +99,11 @@ def _slct(m: Machine, ins: Instruction) -> Operation:
 
 
 def _is_normal(x: np.ndarray) -> np.ndarray:
-    return np.isfinite(x) & (np.abs(x) >= np.finfo(x.dtype).tiny)
+    out: np.ndarray = np.isfinite(x) & (np.abs(x) >= np.finfo(x.dtype).tiny)
+    return out
 
 
-_TESTS = {
+_TESTS: dict[str, Function] = {
     "finite": np.isfinite,
     "infinite": np.isinf,
     "notanumber": np.isnan,

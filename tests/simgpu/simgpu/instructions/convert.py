@@ -184,7 +184,8 @@ def _pack(m: Machine, ins: Instruction) -> Operation:
     mask = np.uint32((1 << width) - 1)
 
     def saturated(values: np.ndarray) -> np.ndarray:
-        return np.clip(values.astype(np.int64), info.min, info.max).astype(np.uint32) & mask
+        out: np.ndarray = np.clip(values.astype(np.int64), info.min, info.max).astype(np.uint32) & mask
+        return out
 
     def execute(i: Lanes) -> None:
         packed = (saturated(a(i)) << np.uint32(width)) | saturated(b(i))

@@ -6,7 +6,7 @@ import numpy as np
 
 from .. import access
 from ..machine import DTYPE, UNSIGNED, Machine
-from ..ptx import WIDTH, Addr, Imm, Instruction, bits_type, data_type, items, state_space
+from ..ptx import WIDTH, Addr, Imm, Instruction, Sym, bits_type, data_type, expect, items, state_space
 from ..steps import Lanes, Operation
 
 
@@ -20,7 +20,7 @@ def _ld(m: Machine, ins: Instruction) -> Operation:
     writes = [m.write(item, raw) for item in items(ins.args[0])]
     dtype, count = DTYPE[raw], len(writes)
     if space == "param":
-        values = _parameter(m, ins.args[1], element * count).view(dtype)
+        values = _parameter(m, expect(ins.args[1], Addr), element * count).view(dtype)
 
         def execute_param(i: Lanes) -> None:
             for k, write in enumerate(writes):
@@ -40,7 +40,7 @@ def _ld(m: Machine, ins: Instruction) -> Operation:
 
 def _parameter(m: Machine, address: Addr, size: int) -> np.ndarray:
     """The bytes of a parameter; zeros for the result of a call, since the calls that are not refused do nothing."""
-    offset = m.launch.param_offset(address.base.name)
+    offset = m.launch.param_offset(expect(address.base, Sym).name)
     if offset is None:
         return np.zeros(size, np.uint8)
     return np.frombuffer(m.launch.params, np.uint8, size, offset + address.offset)

@@ -8,9 +8,9 @@ import numpy as np
 from .. import access
 from ..machine import DTYPE, Machine
 from ..memory import LOCAL_WINDOW, SHARED_WINDOW
-from ..ptx import WIDTH, Imm, Instruction, Vec, bits_type, data_type, state_space
+from ..ptx import WIDTH, Imm, Instruction, Sym, Vec, bits_type, data_type, expect, state_space
 from ..steps import Branch, Exit, Lanes, Operation
-from .common import target
+from .common import Function, target
 
 
 def _mov(m: Machine, ins: Instruction) -> Operation:
@@ -29,7 +29,7 @@ def _mov(m: Machine, ins: Instruction) -> Operation:
 
 
 def _unpack(m: Machine, ins: Instruction) -> Operation:
-    result, source = ins.args
+    result, source = expect(ins.args[0], Vec), ins.args[1]
     bits = bits_type(ins)
     width = WIDTH[bits] // len(result.items)
     read = m.read(source, bits)
@@ -45,7 +45,7 @@ def _unpack(m: Machine, ins: Instruction) -> Operation:
 
 
 def _pack(m: Machine, ins: Instruction) -> Operation:
-    result, source = ins.args
+    result, source = ins.args[0], expect(ins.args[1], Vec)
     bits = bits_type(ins)
     width = WIDTH[bits] // len(source.items)
     reads = [m.read(item, f"b{width}") for item in source.items]
@@ -72,7 +72,7 @@ def _cvta(m: Machine, ins: Instruction) -> Operation:
     return lambda i: write(i, read(i) + base)
 
 
-_SPACE_TESTS = {
+_SPACE_TESTS: dict[str, Function] = {
     "shared": access.in_shared,
     "local": access.in_local,
     "global": lambda a: ~(access.in_shared(a) | access.in_local(a)),
@@ -123,7 +123,7 @@ def _trap(m: Machine, ins: Instruction) -> Operation:
 
 
 def _call(m: Machine, ins: Instruction) -> Operation:
-    callee = ins.args[0].name
+    callee = expect(ins.args[0], Sym).name
     if "__assertfail" in callee:
         return _stop(m, ins, "device assert failed")
     if "vprintf" in callee:

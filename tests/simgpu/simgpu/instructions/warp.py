@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..machine import UNSIGNED, Machine
-from ..ptx import WIDTH, Instruction, Pair, Reg, bits_type, choice, data_type
+from ..ptx import WIDTH, Instruction, Pair, Reg, bits_type, choice, data_type, expect
 from ..steps import ALL, Lanes, Operation, Reader, WarpSync
 from .common import REDUCTIONS, target
 
@@ -64,7 +64,8 @@ def _ballot(m: Machine, i: Lanes, predicate: np.ndarray) -> np.ndarray:
     lanes = m.lanes[i]
     bits = np.zeros(m.lane_count, np.uint64)
     bits[lanes] = np.where(predicate, np.uint64(1) << (lanes & 31).astype(np.uint64), np.uint64(0))
-    return bits.reshape(-1, 32).sum(1, dtype=np.uint64).astype(np.uint32)[lanes >> 5]
+    out: np.ndarray = bits.reshape(-1, 32).sum(1, dtype=np.uint64).astype(np.uint32)[lanes >> 5]
+    return out
 
 
 def _present(m: Machine, i: Lanes) -> np.ndarray:
@@ -135,7 +136,7 @@ def _redux(m: Machine, ins: Instruction) -> WarpSync:
 
 
 def _elect(m: Machine, ins: Instruction) -> WarpSync:
-    result = ins.args[0]
+    result = expect(ins.args[0], Pair)
     write, write_leads = m.write(result.first, "b32"), m.write(result.second, "pred")
 
     def execute(i: Lanes, takes_part: np.ndarray) -> None:

@@ -1,9 +1,9 @@
 """wgmma: the asynchronous matrix multiplication of four warps (sm_90a), m64 with K-major 16-bit operands into f32.
 
-The result is computed at once, but until wgmma.wait_group the accumulators read as NaN and the tiles in shared memory
-count as still being read: a missing wait shows as a wrong result or as a hazard. wgmma.fence orders nothing here, so a
-missing one is not found. Rounding is as in mma.py. Descriptors and swizzles are those of the PTX ISA's matrix
-descriptor; MN-major tiles are refused.
+The result is computed at once, but until wgmma.wait_group the accumulators read as NaN, using them is a hazard, and the
+tiles in shared memory count as still being read. wgmma.fence orders nothing here, so a missing one is not found.
+Rounding is as in mma.py. Descriptors and swizzles are those of the PTX ISA's matrix descriptor; MN-major tiles are
+refused.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import numpy as np
 
 from .. import fragments, numerics
 from ..machine import Machine
-from ..pending import Accumulator, WgmmaGroup
-from ..ptx import Imm, Instruction, Vec, items
+from ..pending import Accumulator, Multiplication, WgmmaGroup
+from ..ptx import Imm, Instruction, Vec, expect, registers_of
 from ..shared import HeldReads
-from ..steps import Lanes, Step, WarpSync
+from ..steps import Lanes, Operation, Step, WarpSync
 from .common import fragment
 from .mma import gather
 
@@ -47,7 +47,7 @@ def _wgmma(m: Machine, ins: Instruction) -> Step:
     if op == "commit_group":
         return lambda i: _commit(m)
     if op == "wait_group":
-        left = ins.args[0].value
+        left = expect(ins.args[0], Imm).value
         return lambda i: _wait(m, left)
     return _multiply(m, ins)
 
@@ -67,8 +67,8 @@ def _wait(m: Machine, left: int) -> None:
     m.now += 1
     groups = m.pending.wgmma
     while sum(group.committed for group in groups) > left:
-        for finish in groups.pop(0).finish:
-            finish()
+        for multiplication in groups.pop(0).multiplications:
+            multiplication.finish()
 
 
 def _multiply(m: Machine, ins: Instruction) -> WarpSync:
@@ -77,7 +77,7 @@ def _multiply(m: Machine, ins: Instruction) -> WarpSync:
     if shape is None or len(types) != 3 or types[0] != "f32" or types[1] not in ("f16", "bf16"):
         raise m.unsupported(ins)
     n, k = int(shape.group(1)), 16
-    names = [register.name for register in items(ins.args[0])]
+    names = list(registers_of(ins.args[:1]))
     a_operand, b_operand, rest = ins.args[1], ins.args[2], ins.args[3:]
     read_scale = m.read(rest[0], "pred") if rest else None
     literals = [arg.value for arg in rest[1:] if isinstance(arg, Imm)]
@@ -85,7 +85,7 @@ def _multiply(m: Machine, ins: Instruction) -> WarpSync:
     if any(literals[2:]):
         raise m.unsupported(ins, "an MN-major operand")
     a_fragment = fragment(m, a_operand) if isinstance(a_operand, Vec) else None
-    a_descriptor = None if a_fragment else m.read(a_operand, "u64")
+    a_descriptor = m.read(a_operand, "u64") if a_fragment is None else None
     b_descriptor = m.read(b_operand, "u64")
     a_index = fragments.index_a(k, 2, 4)
     rows, columns = fragments.coordinates_wgmma_d(len(names))
@@ -107,10 +107,10 @@ def _multiply(m: Machine, ins: Instruction) -> WarpSync:
                 ]
             )
 
-        if a_fragment:
-            a = fragments.decode(gather(a_fragment, i), types[1])[:, a_index].reshape(-1, 64, k)
-        else:
+        if a_descriptor is not None:
             a = tiles(a_descriptor(i), 64)
+        elif a_fragment is not None:
+            a = fragments.decode(gather(a_fragment, i), types[1])[:, a_index].reshape(-1, 64, k)
         b = tiles(b_descriptor(i), n)
         product = np.matmul(a * a_sign, b.transpose(0, 2, 1) * b_sign).reshape(-1, 4, 16, n)
         before = np.stack([_accumulator_value(m, name, i) for name in names], -1).view(np.float32).astype(np.float64)
@@ -119,7 +119,7 @@ def _multiply(m: Machine, ins: Instruction) -> WarpSync:
             scale = np.broadcast_to(read_scale(i), lanes.shape)[::128]
             before = np.where(scale[:, None, None, None], before, 0)
         after = (product[:, :, rows, columns] + before).astype(np.float32).view(np.uint32).reshape(-1, len(names))
-        _keep(m, names, lanes, after, held)
+        _keep(m, ins, names, lanes, after, held)
         m.counters.multiplied(len(lanes) // 32, 16 * n * k)
 
     return WarpSync(execute, aligned=True)
@@ -162,7 +162,9 @@ def _accumulator_value(m: Machine, name: str, i: Lanes) -> np.ndarray:
     return register if unfinished is None else np.where(unfinished.in_flight[i] > 0, unfinished.values[i], register)
 
 
-def _keep(m: Machine, names: list[str], lanes: np.ndarray, values: np.ndarray, held: list[HeldReads]) -> None:
+def _keep(
+    m: Machine, ins: Instruction, names: list[str], lanes: np.ndarray, values: np.ndarray, held: list[HeldReads]
+) -> None:
     """Holds the result back until every multiplication into these registers has been waited for."""
     accumulators = m.pending.accumulators
     for column, name in enumerate(names):
@@ -182,7 +184,24 @@ def _keep(m: Machine, names: list[str], lanes: np.ndarray, values: np.ndarray, h
             ready = lanes[accumulator.in_flight[lanes] == 0]
             m.registers[name][ready] = accumulator.values[ready]
 
-    _open_group(m).finish.append(finish)
+    _open_group(m).multiplications.append(Multiplication(ins, int(lanes[0]), finish))
+
+
+def watch_accumulators(m: Machine, ins: Instruction, operation: Operation) -> Operation:
+    """The operation of another instruction, which is a hazard for the lanes whose accumulators it meets in flight."""
+    names = [name for name in registers_of(ins.args) if name in m.kernel.accumulators]
+    if not names:
+        return operation
+
+    def execute(i: Lanes) -> None:
+        for name in names:
+            accumulator = m.pending.accumulators.get(name)
+            if accumulator is not None and accumulator.in_flight[i].any():
+                lane = int(m.lanes[i][np.argmax(accumulator.in_flight[i] > 0)])
+                m.hazard("accumulator of wgmma is used before wgmma.wait_group", ins, lane)
+        operation(i)
+
+    return execute
 
 
 INSTRUCTIONS = {"wgmma": _wgmma}
