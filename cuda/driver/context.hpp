@@ -24,6 +24,22 @@ class ContextScope {
   const Driver& driver_;
 };
 
+// While it lives, calls of this thread that could wait, such as those for memory, do not end the captures of graphs that
+// are in progress. pre: a context is current
+class CaptureExemption {
+ public:
+  explicit CaptureExemption(const Driver& driver) : driver_(driver) {
+    driver_.cuThreadExchangeStreamCaptureMode(&mode_);
+  }
+  ~CaptureExemption() { driver_.cuThreadExchangeStreamCaptureMode(&mode_); }
+  CaptureExemption(const CaptureExemption&) = delete;
+  CaptureExemption& operator=(const CaptureExemption&) = delete;
+
+ private:
+  const Driver& driver_;
+  CaptureMode mode_ = CaptureMode::relaxed;
+};
+
 // Notes what a device was last asked to run, for the messages of errors that show later. `name` lives for ever.
 void note_kernel(int device, const char* name) noexcept;
 

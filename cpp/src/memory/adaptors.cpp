@@ -6,11 +6,15 @@
 namespace ng {
 namespace {
 
-// Whole pages, as pools hand them out; saturated, since such a request fails in the pool.
-size_t in_pages(size_t bytes) noexcept {
-  const size_t most = ~size_t{0} / kPoolAlignment;
-  const size_t pages = bytes / kPoolAlignment + (bytes % kPoolAlignment != 0 || bytes == 0 ? 1 : 0);
-  return (pages < most ? pages : most) * kPoolAlignment;
+// Whole units, as the pool hands them out; saturated, since such a request fails in the pool.
+size_t in_units(size_t bytes, size_t unit) noexcept {
+  const size_t most = ~(unit - 1);
+  return bytes > most ? most : bytes == 0 ? unit : (bytes + unit - 1) & most;
+}
+
+std::shared_ptr<Pool> not_null(std::shared_ptr<Pool> pool, const char* adaptor) {
+  NG_CHECK(pool != nullptr, InvalidArgument, adaptor, ": the pool is null");
+  return pool;
 }
 
 }  // namespace
@@ -26,12 +30,11 @@ std::string PoolStatistics::to_string() const {
                 ", largest free ", largest_free, ", fragmentation ", fragmentation());
 }
 
-LimitPool::LimitPool(std::shared_ptr<Pool> pool, size_t limit) : pool_(std::move(pool)), limit_(limit) {
-  NG_CHECK(pool_ != nullptr, InvalidArgument, "LimitPool: the pool is null");
-}
+LimitPool::LimitPool(std::shared_ptr<Pool> pool, size_t limit)
+    : pool_(not_null(std::move(pool), "LimitPool")), unit_(pool_->unit()), limit_(limit) {}
 
 void* LimitPool::allocate(size_t bytes) {
-  const size_t size = in_pages(bytes);
+  const size_t size = in_units(bytes, unit_);
   size_t seen = in_use_.load(std::memory_order_relaxed);
   do {
     if (size > limit_ || seen > limit_ - size) [[unlikely]] {
@@ -50,16 +53,15 @@ void* LimitPool::allocate(size_t bytes) {
 void LimitPool::deallocate(void* block, size_t bytes) noexcept {
   if (block == nullptr) return;
   pool_->deallocate(block, bytes);
-  in_use_.fetch_sub(in_pages(bytes), std::memory_order_relaxed);
+  in_use_.fetch_sub(in_units(bytes, unit_), std::memory_order_relaxed);
 }
 
-StatisticsPool::StatisticsPool(std::shared_ptr<Pool> pool) : pool_(std::move(pool)) {
-  NG_CHECK(pool_ != nullptr, InvalidArgument, "StatisticsPool: the pool is null");
-}
+StatisticsPool::StatisticsPool(std::shared_ptr<Pool> pool)
+    : pool_(not_null(std::move(pool), "StatisticsPool")), unit_(pool_->unit()) {}
 
 void* StatisticsPool::allocate(size_t bytes) {
   void* block = pool_->allocate(bytes);
-  const size_t size = in_pages(bytes);
+  const size_t size = in_units(bytes, unit_);
   const size_t now = in_use_.fetch_add(size, std::memory_order_relaxed) + size;
   blocks_.fetch_add(1, std::memory_order_relaxed);
   size_t peak = peak_.load(std::memory_order_relaxed);
@@ -71,7 +73,7 @@ void* StatisticsPool::allocate(size_t bytes) {
 void StatisticsPool::deallocate(void* block, size_t bytes) noexcept {
   if (block == nullptr) return;
   // First, so that the memory is not counted twice when another thread takes it at once.
-  in_use_.fetch_sub(in_pages(bytes), std::memory_order_relaxed);
+  in_use_.fetch_sub(in_units(bytes, unit_), std::memory_order_relaxed);
   blocks_.fetch_sub(1, std::memory_order_relaxed);
   pool_->deallocate(block, bytes);
 }

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <map>
 #include <random>
 #include <vector>
@@ -12,11 +13,12 @@ namespace ng {
 namespace {
 
 using UnitRun = Suballocator::Run;
+constexpr Suballocator::Set kSets = 3;
 
-// The specification: every unit is unknown, free or live; runs are found by looking at all of them.
+// The specification: every unit is unknown, live, or free in a set; runs are found by looking at all of them.
 class Model {
  public:
-  enum Unit : uint8_t { unknown, free, live };
+  enum Unit : uint8_t { unknown, live, free };  // and free + n: in set n
 
   explicit Model(uint32_t units) : units_(units, unknown) {}
 
@@ -27,11 +29,11 @@ class Model {
     }
   }
 
-  std::vector<UnitRun> free_runs() const {
+  std::vector<UnitRun> free_runs(Suballocator::Set set = Suballocator::kShared) const {
     std::vector<UnitRun> out;
     for (uint32_t unit = 0; unit < units_.size(); ++unit) {
-      if (units_[unit] != free) continue;
-      if (unit > 0 && units_[unit - 1] == free) {
+      if (units_[unit] != free_in(set)) continue;
+      if (unit > 0 && units_[unit - 1] == free_in(set)) {
         ++out.back().units;
       } else {
         out.push_back({unit, 1});
@@ -40,9 +42,15 @@ class Model {
     return out;
   }
 
-  uint32_t largest_free() const {
+  static Unit free_in(Suballocator::Set set) { return static_cast<Unit>(free + set); }
+
+  void move(Suballocator::Set from, Suballocator::Set to) {
+    std::replace(units_.begin(), units_.end(), free_in(from), free_in(to));
+  }
+
+  uint32_t largest_free(Suballocator::Set set = Suballocator::kShared) const {
     uint32_t largest = 0;
-    for (const UnitRun run : free_runs()) largest = std::max(largest, run.units);
+    for (const UnitRun run : free_runs(set)) largest = std::max(largest, run.units);
     return largest;
   }
 
@@ -51,38 +59,52 @@ class Model {
 };
 
 void expect_same(const Suballocator& allocator, const Model& model, const std::map<uint32_t, uint32_t>& live) {
-  std::vector<UnitRun> free_runs;
+  std::array<std::vector<UnitRun>, kSets> free_runs;
   std::map<uint32_t, uint32_t> live_runs;
-  uint64_t free_units = 0;
+  std::array<uint64_t, kSets> free_units{};
   uint64_t live_units = 0;
-  allocator.for_each([&](UnitRun run, bool is_live) {
-    if (is_live) {
+  allocator.for_each([&](UnitRun run, Suballocator::Set set) {
+    if (set == Suballocator::kLive) {
       live_runs[run.first] = run.units;
       live_units += run.units;
     } else {
-      free_runs.push_back(run);
-      free_units += run.units;
+      free_runs.at(set).push_back(run);
+      free_units.at(set) += run.units;
     }
   });
-  ASSERT_EQ(free_runs, model.free_runs());  // as long as they can be: all neighbours are merged
+  uint64_t known_units = live_units;
+  for (Suballocator::Set set = 0; set < kSets; ++set) {
+    ASSERT_EQ(free_runs[set], model.free_runs(set));  // as long as they can be: all neighbours of a set are merged
+    ASSERT_EQ(allocator.free_units(set), free_units[set]);
+    known_units += free_units[set];
+  }
   ASSERT_EQ(live_runs, live);
-  ASSERT_EQ(allocator.free_units(), free_units);
+  ASSERT_EQ(allocator.known_units(), known_units);
   ASSERT_EQ(allocator.live_units(), live_units);
   ASSERT_EQ(allocator.live_runs(), live.size());
   ASSERT_EQ(allocator.largest_free(), model.largest_free());
 }
 
 TEST(Suballocator, FollowsTheModel) {
-  constexpr uint32_t kUnits = 3000;
+  constexpr uint32_t kUnits = 9000;  // several chunks of the table
   constexpr uint32_t kGranule = 64;
-  for (uint32_t seed = 0; seed < 20; ++seed) {
+  for (uint32_t seed = 0; seed < 12; ++seed) {
     std::mt19937 random(seed);
+    const auto granules = [](UnitRun run) {
+      const uint32_t begin = (run.first + kGranule - 1) / kGranule * kGranule;
+      const uint32_t end = (run.first + run.units) / kGranule * kGranule;
+      return begin < end ? UnitRun{begin, end - begin} : UnitRun{begin, 0};
+    };
     const auto below = [&](uint32_t bound) { return static_cast<uint32_t>(random() % bound); };
-    Suballocator allocator;
+    Suballocator allocator(kUnits);
+    while (allocator.make_set() + 1 < kSets) {
+    }
     Model model(kUnits);
     std::map<uint32_t, uint32_t> live;
     std::vector<UnitRun> absent;
-    for (uint32_t first = 0; first < kUnits; first += 100) absent.push_back({first, 100});
+    for (uint32_t first = 0; first < kUnits; first += 100) {
+      if (first / 1000 % 4 == seed % 4) absent.push_back({first, 100});
+    }
     for (int step = 0; step < 3000; ++step) {
       const uint32_t action = below(100);
       if (action < 3 && !absent.empty()) {
@@ -91,7 +113,7 @@ TEST(Suballocator, FollowsTheModel) {
         model.fill(absent.back(), Model::unknown, Model::free);
         absent.pop_back();
       } else if (action < 4) {
-        for (const UnitRun run : allocator.remove_free(kGranule)) {
+        for (const UnitRun run : allocator.remove_free(granules)) {
           ASSERT_TRUE(run.units > 0 && run.first % kGranule == 0 && run.units % kGranule == 0);
           model.fill(run, Model::free, Model::unknown);
           absent.push_back(run);
@@ -101,16 +123,22 @@ TEST(Suballocator, FollowsTheModel) {
         }
       } else if (action < 55) {
         const uint32_t units = 1 + (below(4) == 0 ? below(300) : below(20));
-        const uint32_t largest = model.largest_free();
-        const auto first = action == 54 ? allocator.remove(units) : allocator.allocate(units);
+        const Suballocator::Set set = action == 54 ? Suballocator::kShared : below(kSets);
+        const uint32_t largest = model.largest_free(set);
+        const auto first = action == 54 ? allocator.remove(units) : allocator.allocate(units, set);
         ASSERT_EQ(first.has_value(), units <= largest) << units;
         if (!first) continue;
-        model.fill({*first, units}, Model::free, action == 54 ? Model::unknown : Model::live);
+        model.fill({*first, units}, Model::free_in(set), action == 54 ? Model::unknown : Model::live);
         if (action == 54) {
           absent.push_back({*first, units});
         } else {
           live[*first] = units;
         }
+      } else if (action == 55) {
+        const Suballocator::Set from = below(kSets);
+        const Suballocator::Set to = (from + 1 + below(kSets - 1)) % kSets;
+        allocator.move(from, to);
+        model.move(from, to);
       } else if (action < 60) {
         const uint32_t first = below(kUnits + 1000);
         const uint32_t units = below(25);
@@ -119,9 +147,10 @@ TEST(Suballocator, FollowsTheModel) {
       } else if (!live.empty()) {
         const auto it = std::next(live.begin(), below(static_cast<uint32_t>(live.size())));
         ASSERT_FALSE(allocator.deallocate(it->first, it->second + 1));
-        ASSERT_TRUE(allocator.deallocate(it->first, it->second));
-        ASSERT_FALSE(allocator.deallocate(it->first, it->second));
-        model.fill({it->first, it->second}, Model::live, Model::free);
+        const Suballocator::Set set = below(2) == 0 ? Suballocator::kShared : below(kSets);
+        ASSERT_TRUE(allocator.deallocate(it->first, it->second, set));
+        ASSERT_FALSE(allocator.deallocate(it->first, it->second, set));
+        model.fill({it->first, it->second}, Model::live, Model::free_in(set));
         live.erase(it);
       }
       for (const UnitRun run : model.free_runs()) ASSERT_EQ(allocator.free_before(run.first + run.units), run.units);
@@ -133,8 +162,8 @@ TEST(Suballocator, FollowsTheModel) {
 
 TEST(Suballocator, FindsTheOneRunThatFits) {
   // Many runs of the same list, of which only the one freed first is long enough: it is behind all others.
-  Suballocator allocator;
   constexpr uint32_t kCount = 100;
+  Suballocator allocator(kCount * 80);
   allocator.add({0, kCount * 80});
   std::vector<uint32_t> runs;
   for (uint32_t i = 0; i < kCount; ++i) {
@@ -149,7 +178,7 @@ TEST(Suballocator, FindsTheOneRunThatFits) {
 }
 
 TEST(Suballocator, PrefersTheBestFitOfAList) {
-  Suballocator allocator;
+  Suballocator allocator(1000);
   allocator.add({0, 1000});
   const uint32_t long_run = *allocator.allocate(79);
   allocator.allocate(1);

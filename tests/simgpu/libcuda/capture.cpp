@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <queue>
+#include <utility>
 
 #include "entry.hpp"
 
@@ -14,6 +15,9 @@ std::vector<std::shared_ptr<Capture>>& captures() {
   static auto& instance = *new std::vector<std::shared_ptr<Capture>>;
   return instance;
 }
+
+// How the thread's calls meet captures that mind them.
+thread_local CaptureMode thread_mode = CaptureMode::global;
 
 [[noreturn]] void invalidate(Capture& capture, Result result) {
   capture.invalidated = true;
@@ -135,7 +139,8 @@ void forbid_while_capturing() {
   const std::lock_guard lock(scheduler().mutex);
   for (const auto& capture : captures()) {
     const bool own = capture->thread == std::this_thread::get_id();
-    if (capture->mode == CaptureMode::global || (capture->mode == CaptureMode::thread_local_ && own)) {
+    const bool minds = own ? capture->mode != CaptureMode::relaxed : capture->mode == CaptureMode::global;
+    if (minds && (thread_mode == CaptureMode::global || (thread_mode == CaptureMode::thread_local_ && own))) {
       invalidate(*capture, Result::stream_capture_unsupported);
     }
   }
@@ -196,6 +201,13 @@ Result cuStreamEndCapture(StreamHandle handle, Graph* graph) {
       captured->nodes = std::move(capture->nodes);
     }
     *graph = registry<GraphOfDriver>().add(std::move(captured));
+  });
+}
+
+Result cuThreadExchangeStreamCaptureMode(CaptureMode* mode) {
+  return entry([&] {
+    require(*mode >= CaptureMode::global && *mode <= CaptureMode::relaxed);
+    std::swap(*mode, thread_mode);
   });
 }
 

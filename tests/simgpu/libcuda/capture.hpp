@@ -51,7 +51,7 @@ bool capture_wait(StreamOfDriver& stream, const EventOfDriver& event);
 void forbid_wait(const StreamOfDriver& stream);                 // waiting for a captured stream,
 void forbid_wait(const EventOfDriver& event);                   // or for an event in it;
 void forbid_implicit_dependency(const StreamOfDriver& stream);  // the legacy stream, beside captured blocking ones;
-void forbid_while_capturing();                                  // calls that may synchronise, by the capture's mode;
+void forbid_while_capturing();                                  // calls that may synchronise, by both modes;
 void forbid_while_capturing(const ContextOfDriver& context);    // waiting for everything. Both take the lock.
 
 }  // namespace ng::cuda

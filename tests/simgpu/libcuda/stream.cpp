@@ -2,6 +2,7 @@
 #include "stream.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <thread>
 
 #include "capture.hpp"
@@ -97,9 +98,11 @@ Scheduler& scheduler() {
 }
 
 std::shared_ptr<StreamOfDriver> create_stream(ContextOfDriver& context, StreamKind kind) {
+  static std::atomic<unsigned long long> streams{0};
   auto stream = std::make_shared<StreamOfDriver>();
   stream->context = &context;
   stream->kind = kind;
+  stream->id = ++streams;
   {
     const std::lock_guard lock(scheduler().mutex);
     scheduler().streams.push_back(stream);
@@ -191,6 +194,10 @@ Result cuStreamQuery(StreamHandle handle) {
     query(ends_of(*stream));
     stream->context->check();
   });
+}
+
+Result cuStreamGetId(StreamHandle handle, unsigned long long* id) {
+  return entry_in_context([&](ContextOfDriver& context) { *id = stream_of(handle, context)->id; });
 }
 
 Result cuStreamWaitEvent(StreamHandle handle, EventHandle event_handle, unsigned flags) {

@@ -43,6 +43,7 @@ enum class StreamKind { legacy, blocking, non_blocking };
 struct StreamOfDriver {
   ContextOfDriver* context;
   StreamKind kind;
+  unsigned long long id;  // of no stream before it
   std::deque<std::shared_ptr<Task>> queue;
   std::shared_ptr<Task> last;
   bool closed = false;

@@ -170,10 +170,12 @@ inline constexpr int kGranularityRecommended = 1;
   F(cuStreamDestroy_v2, (StreamHandle stream))                                                                      \
   F(cuStreamSynchronize, (StreamHandle stream))                                                                     \
   F(cuStreamQuery, (StreamHandle stream))                                                                           \
+  F(cuStreamGetId, (StreamHandle stream, unsigned long long* id))                                                   \
   F(cuStreamWaitEvent, (StreamHandle stream, EventHandle event, unsigned flags))                                    \
   F(cuStreamIsCapturing, (StreamHandle stream, CaptureStatus * status))                                             \
   F(cuStreamBeginCapture_v2, (StreamHandle stream, CaptureMode mode))                                               \
   F(cuStreamEndCapture, (StreamHandle stream, Graph * graph))                                                       \
+  F(cuThreadExchangeStreamCaptureMode, (CaptureMode * mode))                                                        \
   F(cuEventCreate, (EventHandle * event, unsigned flags))                                                           \
   F(cuEventDestroy_v2, (EventHandle event))                                                                         \
   F(cuEventRecord, (EventHandle event, StreamHandle stream))                                                        \
