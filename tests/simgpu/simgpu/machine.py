@@ -177,6 +177,10 @@ class Machine:
         return np.array([operand.value & mask], UNSIGNED[width])
 
     def symbol_address(self, symbol: Sym) -> int:
+        """Of a parameter: where it is among them, for ld.param."""
+        parameter = self.launch.param_offset(symbol.name)
+        if parameter is not None:
+            return parameter + symbol.offset
         if symbol.name not in self.layout.addresses:
             raise PtxError(f"{self.kernel.name}: unknown variable {symbol.name}")
         return self.layout.addresses[symbol.name] + symbol.offset

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from .. import access
 from ..machine import DTYPE, UNSIGNED, Machine
-from ..ptx import WIDTH, Addr, Imm, Instruction, Sym, bits_type, data_type, expect, items, state_space
+from ..ptx import WIDTH, Addr, Imm, Instruction, Reg, Sym, bits_type, data_type, expect, items, state_space
 from ..steps import Lanes, Operation
 
 
@@ -19,6 +21,8 @@ def _ld(m: Machine, ins: Instruction) -> Operation:
     raw = type_name if type_name[0] in "su" else bits_type(ins)
     writes = [m.write(item, raw) for item in items(ins.args[0])]
     dtype, count = DTYPE[raw], len(writes)
+    if space == "param" and isinstance(ins.args[1].base, Reg):
+        return _ld_parameters(m, ins, element * count, dtype, writes)
     if space == "param":
         values = _parameter(m, expect(ins.args[1], Addr), element * count).view(dtype)
 
@@ -44,6 +48,25 @@ def _parameter(m: Machine, address: Addr, size: int) -> np.ndarray:
     if offset is None:
         return np.zeros(size, np.uint8)
     return np.frombuffer(m.launch.params, np.uint8, size, offset + address.offset)
+
+
+def _ld_parameters(
+    m: Machine, ins: Instruction, size: int, dtype: type, writes: list[Callable[[Lanes, np.ndarray], None]]
+) -> Operation:
+    """From an address in a register: an entry of an array in a parameter."""
+    address, params = m.address(ins.args[1]), np.frombuffer(m.launch.params, np.uint8)
+
+    def execute(i: Lanes) -> None:
+        lanes, offsets = m.spread(i, address(i))
+        bad = (offsets < 0) | (offsets + size > params.size) | (offsets % size != 0)
+        if bad.any():
+            k = np.argmax(bad)
+            m.fail(ins, f"read of {size} bytes at {offsets[k]} of {params.size} bytes of parameters", lanes[k])
+        loaded = params[offsets[:, None] + np.arange(size)].view(dtype)
+        for k, write in enumerate(writes):
+            write(i, np.ascontiguousarray(loaded[:, k]))
+
+    return execute
 
 
 def _st(m: Machine, ins: Instruction) -> Operation:
