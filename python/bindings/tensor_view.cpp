@@ -133,8 +133,7 @@ void BorrowedTensor::borrow_exchanged(const dlpack::ExchangeApi& api, nb::handle
 }
 
 void BorrowedTensor::borrow_array(nb::handle object, const char* name, Access access) {
-  // numpy's arrays, by far the most common, are on the host; others say where they are.
-  if (!PyObject_CheckBuffer(object.ptr()) && nb::hasattr(object, "__dlpack_device__")) {
+  if (nb::hasattr(object, "__dlpack_device__")) {
     const auto [type, id] = nb::cast<std::tuple<int32_t, int32_t>>(object.attr("__dlpack_device__")());
     if (!device_of({type, id}, name).is_cpu()) {
       PyTensor tensor = from_dlpack(object);

@@ -21,7 +21,7 @@ def _ld(m: Machine, ins: Instruction) -> Operation:
     raw = type_name if type_name[0] in "su" else bits_type(ins)
     writes = [m.write(item, raw) for item in items(ins.args[0])]
     dtype, count = DTYPE[raw], len(writes)
-    if space == "param" and isinstance(ins.args[1].base, Reg):
+    if space == "param" and isinstance(expect(ins.args[1], Addr).base, Reg):
         return _ld_parameters(m, ins, element * count, dtype, writes)
     if space == "param":
         values = _parameter(m, expect(ins.args[1], Addr), element * count).view(dtype)
@@ -60,11 +60,11 @@ def _ld_parameters(
         lanes, offsets = m.spread(i, address(i))
         bad = (offsets < 0) | (offsets + size > params.size) | (offsets % size != 0)
         if bad.any():
-            k = np.argmax(bad)
+            k = int(np.argmax(bad))
             m.fail(ins, f"read of {size} bytes at {offsets[k]} of {params.size} bytes of parameters", lanes[k])
-        loaded = params[offsets[:, None] + np.arange(size)].view(dtype)
-        for k, write in enumerate(writes):
-            write(i, np.ascontiguousarray(loaded[:, k]))
+        loaded: np.ndarray = params[offsets[:, None] + np.arange(size)].view(dtype)
+        for column, write in enumerate(writes):
+            write(i, np.ascontiguousarray(loaded[:, column]))
 
     return execute
 
