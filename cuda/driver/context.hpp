@@ -24,8 +24,8 @@ class ContextScope {
   const Driver& driver_;
 };
 
-// While it lives, calls of this thread that could wait, such as those for memory, do not end the captures of graphs that
-// are in progress. pre: a context is current
+// While it lives, calls of this thread that could wait, such as those for memory, do not end the captures of graphs
+// that are in progress. pre: a context is current
 class CaptureExemption {
  public:
   explicit CaptureExemption(const Driver& driver) : driver_(driver) {

@@ -220,7 +220,8 @@ class DevicePool::Impl final : private DeviceSpace, public SleepingEngine {
 
   // pre: mutex_ is held, as for all that follows.
   Lane& lane_of(unsigned long long stream) {
-    const auto found = std::find_if(lanes_.begin(), lanes_.end(), [&](const Lane& lane) { return lane.stream == stream; });
+    const auto found =
+        std::find_if(lanes_.begin(), lanes_.end(), [&](const Lane& lane) { return lane.stream == stream; });
     if (found != lanes_.end()) return *found;
     if (spare_.empty()) {
       spare_.push_back({.stream = stream,

@@ -15,6 +15,7 @@ void bind_quantize(nb::module_& module);
 void bind_linear(nb::module_& module);
 void bind_device(nb::module_& module);
 void bind_memory(nb::module_& module);
+void bind_pool(nb::module_& module);
 void bind_io(nb::module_& module);
 void bind_checkpoint(nb::module_& module);
 

@@ -22,6 +22,7 @@
 #include "dlpack.hpp"
 #include "narrowgauge/error.hpp"
 #include "narrowgauge/tensor.hpp"
+#include "pool.hpp"
 #include "tensor_view.hpp"
 
 namespace ng::python {
@@ -250,11 +251,13 @@ DType dtype_named(std::string_view name) {
   throw nb::type_error(concat("unknown dtype '", name, "', expected one of ", known).c_str());
 }
 
-nb::dict statistics(const PyHostPool& self) {
+}  // namespace
+
+nb::dict statistics_of(const Pool& pool) {
   PoolStatistics counts;
   {
     const nb::gil_scoped_release release;
-    counts = self.pool()->statistics();
+    counts = pool.statistics();
   }
   nb::dict out;
   out["in_use"] = counts.in_use;
@@ -268,9 +271,26 @@ nb::dict statistics(const PyHostPool& self) {
   return out;
 }
 
+std::shared_ptr<PageSink> sink_of(nb::object object) {
+  std::shared_ptr<PageSink> sink;
+  if (!object.is_none() && !nb::try_cast(object, sink)) sink = std::make_shared<PySink>(std::move(object));
+  return sink;
+}
+
+nb::object new_tensor(const std::shared_ptr<Pool>& pool, const std::vector<int64_t>& shape, std::string_view dtype) {
+  const DType type = dtype_named(dtype);
+  PyTensor tensor;
+  {
+    const nb::gil_scoped_release release;
+    tensor.tensor = Tensor::empty(pool, shape, type);
+  }
+  return nb::cast(std::move(tensor));
+}
+
+namespace {
+
 void sleep(const PyHostPool& self, nb::object sink) {
-  std::shared_ptr<PageSink> target;
-  if (!sink.is_none() && !nb::try_cast(sink, target)) target = std::make_shared<PySink>(std::move(sink));
+  std::shared_ptr<PageSink> target = sink_of(std::move(sink));
   const nb::gil_scoped_release release;
   if (target) {
     self.host().sleep(std::move(target));
@@ -314,12 +334,10 @@ void bind_memory(nb::module_& module) {
       .def(
           "empty",
           [](const PyHostPool& self, const std::vector<int64_t>& shape, std::string_view dtype) {
-            const DType type = dtype_named(dtype);
-            const nb::gil_scoped_release release;
-            return PyTensor{Tensor::empty(self.pool(), shape, type)};
+            return new_tensor(self.pool(), shape, dtype);
           },
           "shape"_a, "dtype"_a)
-      .def("statistics", &statistics)
+      .def("statistics", [](const PyHostPool& self) { return statistics_of(*self.pool()); })
       .def(
           "trim", [](const PyHostPool& self) { return self.host().trim(); }, nb::call_guard<nb::gil_scoped_release>())
       .def("sleep", &sleep, "sink"_a.none())

@@ -49,6 +49,7 @@ NB_MODULE(_native, module) {
   bind_linear(module);
   bind_device(module);
   bind_memory(module);
+  bind_pool(module);
   bind_io(module);
   bind_checkpoint(module);
 }

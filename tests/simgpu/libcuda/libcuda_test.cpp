@@ -543,6 +543,49 @@ TEST_F(SimulatedGpu, CaptureForbids) {
   NG_OK(cuda->cuCtxSynchronize());
 }
 
+TEST_F(SimulatedGpu, AThreadMayBeExemptFromOthersCaptures) {
+  start();
+  const StreamHandle main = stream(0), side = stream();
+  const EventHandle outside = event();
+  NG_OK(cuda->cuEventRecord(outside, side));
+  NG_OK(cuda->cuStreamBeginCapture_v2(main, CaptureMode::global));
+  auto mode = CaptureMode::relaxed;
+  NG_OK(cuda->cuThreadExchangeStreamCaptureMode(&mode));
+  EXPECT_EQ(mode, CaptureMode::global);
+  void* pointer = nullptr;
+  NG_OK(cuda->cuMemHostAlloc(&pointer, 16, 0));
+  NG_OK(cuda->cuMemFreeHost(pointer));
+  const Result query = cuda->cuEventQuery(outside);
+  EXPECT_TRUE(query == kOk || query == Result::not_ready);
+  std::thread([&] {  // the mode is this thread's only
+    NG_OK(cuda->cuCtxPushCurrent_v2(context));
+    EXPECT_EQ(cuda->cuMemHostAlloc(&pointer, 16, 0), Result::stream_capture_unsupported);
+  }).join();
+  NG_OK(cuda->cuThreadExchangeStreamCaptureMode(&mode));
+  EXPECT_EQ(mode, CaptureMode::relaxed);
+  Graph graph = nullptr;
+  EXPECT_EQ(cuda->cuStreamEndCapture(main, &graph), Result::stream_capture_invalidated);
+}
+
+TEST_F(SimulatedGpu, StreamsHaveIdsOfTheirOwn) {
+  start();
+  std::vector<unsigned long long> ids;
+  for (int i = 0; i < 20; ++i) {
+    const StreamHandle made = stream();
+    unsigned long long id = 0;
+    NG_OK(cuda->cuStreamGetId(made, &id));
+    unsigned long long again = 0;
+    NG_OK(cuda->cuStreamGetId(made, &again));
+    EXPECT_EQ(id, again);
+    ids.push_back(id);
+    NG_OK(cuda->cuStreamDestroy_v2(made));  // its handle may come again
+  }
+  ids.emplace_back();
+  NG_OK(cuda->cuStreamGetId(nullptr, &ids.back()));
+  std::sort(ids.begin(), ids.end());
+  EXPECT_EQ(std::adjacent_find(ids.begin(), ids.end()), ids.end());
+}
+
 TEST_F(SimulatedGpu, AdversarialReplayShowsAMissingEdge) {
   start({{"SIMGPU_DELAY", "adversarial"}});
   const DevicePtr device = allocate();
