@@ -333,7 +333,11 @@ class DevicePool::Impl final : private DeviceSpace, public SleepingEngine {
   struct Staging {
     explicit Staging(int device)
         : stream(Stream::create(device)), pool(device), buffer(static_cast<std::byte*>(pool.allocate(2 * kPiece))) {}
-    ~Staging() { pool.deallocate(buffer, 2 * kPiece); }
+    ~Staging() {
+      // After an error of the sink a copy may be under way. The context is current.
+      cuda::driver()->cuStreamSynchronize(cuda::handle_of(stream));
+      pool.deallocate(buffer, 2 * kPiece);
+    }
     Staging(const Staging&) = delete;
     Staging& operator=(const Staging&) = delete;
 

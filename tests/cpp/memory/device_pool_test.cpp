@@ -10,6 +10,7 @@
 #include <array>
 #include <atomic>
 #include <chrono>
+#include <deque>
 #include <memory>
 #include <random>
 #include <string>
@@ -51,7 +52,13 @@ class Gate {
  private:
   static void wait(void* open) { static_cast<std::atomic<bool>*>(open)->wait(false); }
 
-  std::atomic<bool> open_{false};
+  // The stream may come to it when the gate is gone.
+  static std::atomic<bool>& closed() {
+    static std::deque<std::atomic<bool>> all;
+    return all.emplace_back(false);
+  }
+
+  std::atomic<bool>& open_ = closed();
 };
 
 class CudaDevicePool : public ::testing::Test {
