@@ -118,7 +118,7 @@ void BorrowedTensor::borrow_tensor(const PyTensor& tensor, const char* name, Acc
   if (access == Access::write && tensor.read_only) throw_type_error(concat(name, " is read-only"));
   view_ = tensor.tensor.view();
   device_ = tensor.tensor.device();
-  if (!device_.is_cpu()) stream_ = current_stream(device_.gpu).handle();
+  if (!device_.is_cpu()) stream_ = current_stream(device_.gpu);
 }
 
 void BorrowedTensor::borrow_exchanged(const dlpack::ExchangeApi& api, nb::handle object, const char* name) {
@@ -129,7 +129,7 @@ void BorrowedTensor::borrow_exchanged(const dlpack::ExchangeApi& api, nb::handle
   if (device_.is_cpu()) return;
   void* stream = nullptr;
   if (api.current_work_stream(tensor.device.type, tensor.device.id, &stream) != 0) nb::raise_python_error();
-  stream_ = static_cast<CUstream_st*>(stream);
+  stream_ = {device_.gpu, static_cast<CUstream_st*>(stream)};
 }
 
 void BorrowedTensor::borrow_array(nb::handle object, const char* name, Access access) {
