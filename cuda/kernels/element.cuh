@@ -128,52 +128,69 @@ __device__ inline void divide_all(float (&x)[kLaneElements], const Divisor (&uni
   for (int i = 0; i < kLaneElements; ++i) x[i] = divide<kDivision>(x[i], unit[i / kUnit]);
 }
 
-// The code of |q| in the element's floating type; see floating_code() of codec.inl.
-__device__ inline uint32_t floating_code(float q, const codec::Floating& f, uint32_t constant) {
-  const float t = fminf(fabsf(q), __int_as_float(f.max_bits));
-  const uint32_t e = max(__float_as_uint(t) & kInfinity, f.min_exponent);
-  const uint32_t c = e + (((23 - f.mantissa_bits) << 23) + 0x400000);
-  return __float_as_uint(__fadd_rn(t, __uint_as_float(c))) - e + (e >> (23 - f.mantissa_bits)) - constant;
+// 2^bits, which the compiler does not see through: it would undo what is multiplied and added in one instruction.
+__device__ inline uint32_t power(int bits) {
+  uint32_t out;
+  asm("shl.b32 %0, 1, %1;" : "=r"(out) : "r"(bits));
+  return out;
 }
 
-// Calls f(i, q) for the lane's quotients and joins what it returns to quads.
+// Calls f(i, q) for the lane's quotients and joins what it returns to quads. What it returns may be more than the code
+// by `excess`, the same for all.
 template <typename F>
-__device__ inline void join(const float (&q)[kLaneElements], int bits, uint32_t (&quad)[kQuads], const F& code) {
+__device__ inline void join(const float (&q)[kLaneElements], int bits, uint32_t excess, uint32_t (&quad)[kQuads],
+                            const F& code) {
+  const uint32_t next = power(bits);
+  const uint32_t all = excess * (1 + next * (1 + next * (1 + next)));
 #pragma unroll
   for (int j = 0; j < kQuads; ++j) {
-    quad[j] = 0;
+    quad[j] = code(4 * j + 3, q[4 * j + 3]);
 #pragma unroll
-    for (int k = 3; k >= 0; --k) quad[j] = (quad[j] << bits) + code(4 * j + k, q[4 * j + k]);
+    for (int k = 2; k >= 0; --k) quad[j] = quad[j] * next + code(4 * j + k, q[4 * j + k]);
+    quad[j] -= all;
   }
 }
 
 __device__ inline void nearest_codes(const float (&q)[kLaneElements], const int (&zero)[2], const Element& e,
                                      uint32_t (&quad)[kQuads]) {
-  const uint32_t mask = (1u << e.bits) - 1;
   switch (e.kind) {
     case Kind::fp: {
-      const uint32_t constant = ((23 - e.fp.mantissa_bits) << 23) + 0x400000 +
-                                (static_cast<uint32_t>(e.fp.min_exponent) >> (23 - e.fp.mantissa_bits));
-      const int sign = 32 - e.bits;
-      const uint32_t negative = 1u << (e.bits - 1);
-      return join(q, e.bits, quad, [&](int, float x) {
-        return floating_code(x, e.fp, constant) + ((__float_as_uint(x) >> sign) & negative);
+      // As floating_code() of codec.inl: adding C = 1.5 * 2^(e + 23 - Y) leaves |q| in units of the code's last place
+      // in the sum's low bits, where e is the exponent of |q| or the smallest one. C comes as a product of 2^e.
+      const int below = 23 - e.fp.mantissa_bits;
+      const float unit = __int_as_float((below + 127) << 23 | 0x400000);
+      const float most = __int_as_float(e.fp.max_bits);
+      const uint32_t excess = (static_cast<uint32_t>(below) << 23) + 0x400000 +
+                              (static_cast<uint32_t>(e.fp.min_exponent) >> below);
+      const uint32_t negative = power(e.bits - 1);
+      return join(q, e.bits, excess, quad, [&](int, float x) {
+        const float t = fminf(fabsf(x), most);
+        const uint32_t exponent = max(__float_as_int(t) & kInfinity, e.fp.min_exponent);
+        const float sum = __fmaf_rn(__uint_as_float(exponent), unit, t);
+        const uint32_t code = __float_as_uint(sum) - exponent + (exponent >> below);
+        return (__float_as_uint(x) >> 31) * negative + code;
       });
     }
-    case Kind::signed_int:
-      return join(q, e.bits, quad, [&](int, float x) {
+    case Kind::signed_int: {
+      // Codes from 0, then two's complement.
+      const uint32_t negative = 1u << (e.bits - 1), next = 1u << e.bits;
+      join(q, e.bits, static_cast<uint32_t>(kIntegerZero) - negative, quad, [&](int, float x) {
         const int sum = __float_as_int(__fadd_rn(x, kToInteger));
-        return static_cast<uint32_t>(min(max(sum, kIntegerZero + e.low), kIntegerZero + e.high)) & mask;
+        return static_cast<uint32_t>(min(max(sum, kIntegerZero + e.low), kIntegerZero + e.high));
       });
+#pragma unroll
+      for (uint32_t& four : quad) four ^= negative * (1 + next * (1 + next * (1 + next)));
+      return;
+    }
     case Kind::unsigned_int:
-      return join(q, e.bits, quad, [&](int i, float x) {
+      return join(q, e.bits, 0, quad, [&](int i, float x) {
         const int sum = __float_as_int(__fadd_rn(x, kToInteger));
         const int near = min(max(sum, kIntegerZero - 512), kIntegerZero + 512) - kIntegerZero;
         return static_cast<uint32_t>(min(max(near + zero[i / kUnit], 0), e.high));
       });
     case Kind::nf4: break;
   }
-  join(q, e.bits, quad, [&](int, float x) {
+  join(q, e.bits, 0, quad, [&](int, float x) {
     uint32_t code = 0;
 #pragma unroll
     for (int i = 0; i < 15; ++i) code += x >= e.thresholds[i] ? 1 : 0;

@@ -97,6 +97,8 @@ FoundCheck& found_check() {
 
 // --- arguments of kernels ------------------------------------------------------------------------------------------
 
+constexpr int64_t kMostRows = int64_t{65535} * 65535;
+
 cuda::Shape shape_of(const CanonicalView& matrix, int64_t stride) {
   const Format& format = matrix.format;
   cuda::Shape shape{};
@@ -110,16 +112,20 @@ cuda::Shape shape_of(const CanonicalView& matrix, int64_t stride) {
   shape.tile_groups = cuda::kTileUnits / shape.group_units;
   shape.group_step = format.group == 0 ? 0 : shape.tile_groups;
   shape.tile_elements = shape.tile_groups * shape.group_units * cuda::kUnit;
-  shape.tiles = (matrix.cols - 1) / shape.tile_elements + 1;
-  while ((1 << shape.warps_along) < std::min<int64_t>(shape.tiles, cuda::kWarps)) ++shape.warps_along;
+  const int64_t tiles = (matrix.cols - 1) / shape.tile_elements + 1;
+  NG_CHECK(tiles <= std::numeric_limits<int32_t>::max() - cuda::kWarps && matrix.rows <= kMostRows, InvalidArgument,
+           "a matrix of ", matrix.rows, " x ", matrix.cols, " elements is too large for a device");
+  shape.tiles = static_cast<int32_t>(tiles);
+  while ((1 << shape.warps_along) < std::min(shape.tiles, cuda::kWarps)) ++shape.warps_along;
   return shape;
 }
 
-// Blocks for a warp a tile, rows in y.
+// Blocks for a warp a tile, rows in y and z.
 cuda::Dim3 grid_of(const cuda::Shape& shape) {
   const int64_t along = int64_t{1} << shape.warps_along, rows = cuda::kWarps >> shape.warps_along;
-  return {static_cast<unsigned>((shape.tiles + along - 1) / along),
-          static_cast<unsigned>(std::min<int64_t>((shape.rows + rows - 1) / rows, 65535)), 1};
+  const int64_t blocks = (shape.rows + rows - 1) / rows, y = std::min<int64_t>(blocks, 65535);
+  return {static_cast<unsigned>((shape.tiles + along - 1) / along), static_cast<unsigned>(y),
+          static_cast<unsigned>((blocks + y - 1) / y)};
 }
 
 cuda::ScaleCoding scale_coding(const Format& format, bool ceil) {
@@ -188,7 +194,7 @@ void find_global_scale(const cuda::QuantizeArgs& args, size_t type, const Stream
   NG_CUDA(cuda::require_driver(), cuMemsetD8Async(address, 0, sizeof(float), cuda::handle_of(stream)));
   const bool zeros = args.out.zeros != nullptr;
   // Enough to fill a device; each block then has several rows.
-  const cuda::Dim3 all{static_cast<unsigned>(std::min<int64_t>((args.shape.tiles - 1) / cuda::kWarps + 1, 1024)),
+  const cuda::Dim3 all{static_cast<unsigned>(std::min((args.shape.tiles - 1) / cuda::kWarps + 1, 1024)),
                        static_cast<unsigned>(std::min<int64_t>(args.shape.rows, 4096)), 1};
   launch(kMatrixRange[type], zeros ? cuda::Dim3{} : all, kThreads, stream, args);
   if (!zeros) launch("finish_global_scale", {}, 1, stream, args);
@@ -249,7 +255,7 @@ void quantize(const TensorView& weights, const CanonicalView& out, const Quantiz
   } else {
     const Names& names = options.stochastic ? kQuantizeRowsStochastic : kQuantizeRows;
     const auto blocks = static_cast<unsigned>(std::min<int64_t>(matrix.rows, std::numeric_limits<int32_t>::max()));
-    const auto warps = static_cast<unsigned>(std::min<int64_t>(args.shape.tiles, cuda::kWarps));
+    const auto warps = static_cast<unsigned>(std::min(args.shape.tiles, cuda::kWarps));
     launch(names[type], {blocks, 1, 1}, 32 * warps, stream, args);
   }
 }

@@ -22,7 +22,7 @@ struct Shape {
   int64_t stride;     // elements from a row of floats to the next
   int64_t row_bytes;  // of codes
   int64_t groups;     // of a row
-  int64_t tiles;      // of a row
+  int32_t tiles;      // of a row
   int32_t tile_elements;
   int32_t tile_groups;  // of a full tile
   int32_t group_step;   // groups from a tile to the next: tile_groups, or 0 where the row is the group

@@ -73,9 +73,9 @@ __device__ Range warp_range(Range range) {
 
 // Reads a tile; notes its first element that is not finite, or makes all finite.
 template <Source kType>
-__device__ void load(const QuantizeArgs& args, int64_t row, int64_t tile, uint4* staged, int lane,
+__device__ void load(const QuantizeArgs& args, int64_t row, int tile, uint4* staged, int lane,
                      float (&x)[kLaneElements]) {
-  const int64_t begin = tile * args.shape.tile_elements;
+  const int64_t begin = int64_t{tile} * args.shape.tile_elements;
   const auto n = static_cast<int>(min(int64_t{args.shape.tile_elements}, args.shape.cols - begin));
   const auto* from = static_cast<const uint8_t*>(args.weights) + (row * args.shape.stride + begin) * kSize<kType>;
   stage_floats<kType>(from, n, staged, lane);
@@ -87,8 +87,8 @@ __device__ void load(const QuantizeArgs& args, int64_t row, int64_t tile, uint4*
   }
 }
 
-__device__ void report(const QuantizeArgs& args, int64_t row, int64_t tile, int lane, const float (&x)[kLaneElements]) {
-  const int64_t index = row * args.shape.cols + tile * args.shape.tile_elements + lane * kLaneElements;
+__device__ void report(const QuantizeArgs& args, int64_t row, int tile, int lane, const float (&x)[kLaneElements]) {
+  const int64_t index = row * args.shape.cols + int64_t{tile} * args.shape.tile_elements + lane * kLaneElements;
   unsigned long long first = kNothing;
 #pragma unroll
   for (int i = kLaneElements - 1; i >= 0; --i) {
@@ -107,11 +107,11 @@ struct Scales {
 
 // Codes of a tile whose scales are known.
 template <bool kStochastic>
-__device__ void encode(const QuantizeArgs& args, int64_t row, int64_t tile, uint4* staged, int lane,
+__device__ void encode(const QuantizeArgs& args, int64_t row, int tile, uint4* staged, int lane,
                        const Scales& scales, float (&x)[kLaneElements]) {
   const Shape& shape = args.shape;
   const Element& element = args.element;
-  const int64_t begin = tile * shape.tile_elements;
+  const int64_t begin = int64_t{tile} * shape.tile_elements;
   const auto n = static_cast<int>(min(int64_t{shape.tile_elements}, shape.cols - begin));
   if (!scales.fast) {
     divide_all<Division::plain>(x, scales.unit);
@@ -138,7 +138,7 @@ __device__ void encode(const QuantizeArgs& args, int64_t row, int64_t tile, uint
     }
   }
   write_stream(element.bits, quad, staged, lane);
-  unstage_codes(staged, n, element.bits, args.out.codes + row * shape.row_bytes + begin / 8 * element.bits, lane);
+  unstage_codes(staged, n, element.bits, args.out.codes + row * shape.row_bytes + int64_t{tile} * (shape.tile_elements / 8 * element.bits), lane);
   __syncwarp();
 }
 
@@ -149,7 +149,7 @@ __device__ float global_scale(const Arrays& arrays) {
 // --- quantize ------------------------------------------------------------------------------------------------------
 
 template <Source kType, bool kStochastic>
-__device__ void quantize_tile(const QuantizeArgs& args, int64_t row, int64_t tile, uint4* staged, int lane,
+__device__ void quantize_tile(const QuantizeArgs& args, int64_t row, int tile, uint4* staged, int lane,
                               float global) {
   const Shape& shape = args.shape;
   const bool zeros = args.out.zeros != nullptr;
@@ -163,8 +163,8 @@ __device__ void quantize_tile(const QuantizeArgs& args, int64_t row, int64_t til
   group_ranges(range, shape.group_units, group, lane);
 
   // Lane g makes the scale of group g, and of group 32 + g where groups are single units.
-  const int64_t first = row * shape.groups + tile * shape.group_step;
-  const auto groups = static_cast<int>(min(int64_t{shape.tile_groups}, shape.groups - tile * shape.group_step));
+  const int64_t first = row * shape.groups + int64_t{tile} * shape.group_step;
+  const auto groups = static_cast<int>(min(int64_t{shape.tile_groups}, shape.groups - int64_t{tile} * shape.group_step));
   Stored stored[2];
   int zero[2] = {};
   bool fast = true;
@@ -203,19 +203,22 @@ __device__ void quantize_tile(const QuantizeArgs& args, int64_t row, int64_t til
   encode<kStochastic>(args, row, tile, staged, lane, scales, x);
 }
 
+// A warp's place where each has a tile of its own; false if there is none for it.
+__device__ bool find_tile(const Shape& shape, int64_t& row, int& tile) {
+  const int warp = threadIdx.x / kLanes, along = shape.warps_along;
+  tile = static_cast<int>(blockIdx.x << along) + (warp & ((1 << along) - 1));
+  row = (int64_t{blockIdx.z} * gridDim.y + blockIdx.y) * (kWarps >> along) + (warp >> along);
+  return tile < shape.tiles && row < shape.rows;
+}
+
 template <Source kType, bool kStochastic>
 __device__ void quantize_groups(const QuantizeArgs& args) {
   __shared__ uint4 staged[kWarps][kPieces<kStochastic ? Source::f32 : kType>];
-  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-  const int along = args.shape.warps_along;
-  const int64_t tile = (int64_t{blockIdx.x} << along) + (warp & ((1 << along) - 1));
-  if (tile >= args.shape.tiles) return;
-  const float global = global_scale(args.out);
-  const int rows = kWarps >> along;
-  for (int64_t row = int64_t{blockIdx.y} * rows + (warp >> along); row < args.shape.rows;
-       row += int64_t{gridDim.y} * rows) {
-    quantize_tile<kType, kStochastic>(args, row, tile, staged[warp], lane, global);
-  }
+  int64_t row;
+  int tile;
+  if (!find_tile(args.shape, row, tile)) return;
+  quantize_tile<kType, kStochastic>(args, row, tile, staged[threadIdx.x / kLanes], threadIdx.x % kLanes,
+                                    global_scale(args.out));
 }
 
 // The range of all warps' ranges.
@@ -240,7 +243,7 @@ __device__ void quantize_rows(const QuantizeArgs& args) {
   for (int64_t row = blockIdx.x; row < shape.rows; row += gridDim.x) {
     float x[kLaneElements];
     Range range;
-    for (int64_t tile = warp; tile < shape.tiles; tile += warps) {
+    for (int tile = warp; tile < shape.tiles; tile += warps) {
       load<kType>(args, row, tile, staged[warp], lane, x);
       Range unit[2];
       unit_ranges(x, zeros, unit);
@@ -258,7 +261,7 @@ __device__ void quantize_rows(const QuantizeArgs& args) {
       store_scale(args.out.scales, row, args.scale.type, stored.bits);
       if (zeros) args.out.zeros[row] = static_cast<uint8_t>(scales.zero[0]);
     }
-    for (int64_t tile = warp; tile < shape.tiles; tile += warps) {
+    for (int tile = warp; tile < shape.tiles; tile += warps) {
       if (shape.tiles > warps) load<kType>(args, row, tile, staged[warp], lane, x);
       encode<kStochastic>(args, row, tile, staged[warp], lane, scales, x);
     }
@@ -282,8 +285,9 @@ __device__ void matrix_range(const QuantizeArgs& args) {
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   Range range;
   for (int64_t row = blockIdx.y; row < shape.rows; row += gridDim.y) {
-    for (int64_t tile = int64_t{blockIdx.x} * kWarps + warp; tile < shape.tiles;
-         tile += int64_t{gridDim.x} * kWarps) {
+    for (int64_t first = int64_t{blockIdx.x} * kWarps; first < shape.tiles; first += int64_t{gridDim.x} * kWarps) {
+      const auto tile = static_cast<int>(first) + warp;
+      if (tile >= shape.tiles) break;
       float x[kLaneElements];
       load<kType>(args, row, tile, staged[warp], lane, x);
       Range unit[2];
@@ -306,13 +310,13 @@ __device__ void matrix_range(const QuantizeArgs& args) {
 
 // Calls f(i, value) for the lane's elements of a tile.
 template <typename F>
-__device__ void decode(const DequantizeArgs& args, const Arrays& from, int64_t row, int64_t tile, int n, uint4* staged,
+__device__ void decode(const DequantizeArgs& args, const Arrays& from, int64_t row, int tile, int n, uint4* staged,
                        int lane, const F& f) {
   const Shape& shape = args.shape;
   const int bits = args.element.bits;
   const bool zeros = from.zeros != nullptr;
-  const int64_t first = row * shape.groups + tile * shape.group_step;
-  const auto groups = static_cast<int>(min(int64_t{shape.tile_groups}, shape.groups - tile * shape.group_step));
+  const int64_t first = row * shape.groups + int64_t{tile} * shape.group_step;
+  const auto groups = static_cast<int>(min(int64_t{shape.tile_groups}, shape.groups - int64_t{tile} * shape.group_step));
   float scale[2] = {};
   int zero[2] = {};
 #pragma unroll
@@ -322,7 +326,7 @@ __device__ void decode(const DequantizeArgs& args, const Arrays& from, int64_t r
     scale[r] = load_scale(from.scales, first + g, args.scale);
     if (zeros) zero[r] = from.zeros[first + g];
   }
-  stage_codes(from.codes + row * shape.row_bytes + tile * shape.tile_elements / 8 * bits, n, bits, staged, lane);
+  stage_codes(from.codes + row * shape.row_bytes + int64_t{tile} * (shape.tile_elements / 8 * bits), n, bits, staged, lane);
   uint32_t quad[kQuads];
   read_stream(bits, staged, lane, quad);
   __syncwarp();
@@ -347,31 +351,28 @@ __device__ void decode(const DequantizeArgs& args, const Arrays& from, int64_t r
 
 template <Source kType, bool kSum>
 __device__ void dequantize(const DequantizeArgs& args) {
-  __shared__ uint4 staged[kWarps][kPieces<kType>];
+  __shared__ uint4 all_staged[kWarps][kPieces<kType>];
   const Shape& shape = args.shape;
-  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-  const int along = shape.warps_along;
-  const int64_t tile = (int64_t{blockIdx.x} << along) + (warp & ((1 << along) - 1));
-  if (tile >= shape.tiles) return;
-  const int64_t begin = tile * shape.tile_elements;
+  const int lane = threadIdx.x % kLanes;
+  uint4* staged = all_staged[threadIdx.x / kLanes];
+  int64_t row;
+  int tile;
+  if (!find_tile(shape, row, tile)) return;
+  const int64_t begin = int64_t{tile} * shape.tile_elements;
   const auto n = static_cast<int>(min(int64_t{shape.tile_elements}, shape.cols - begin));
-  const int rows = kWarps >> along;
-  for (int64_t row = int64_t{blockIdx.y} * rows + (warp >> along); row < shape.rows; row += int64_t{gridDim.y} * rows) {
-    float x[kLaneElements];
-    if constexpr (kSum) {
+  float x[kLaneElements];
+  if constexpr (kSum) {
 #pragma unroll
-      for (float& sum : x) sum = -0.0f;  // which changes nothing that is added to it
-      for (int p = 0; p < args.peers; ++p) {
-        decode(args, args.peer[p], row, tile, n, staged[warp], lane, [&](int i, float value) { x[i] += value; });
-      }
-    } else {
-      decode(args, args.peer[0], row, tile, n, staged[warp], lane, [&](int i, float value) { x[i] = value; });
+    for (float& sum : x) sum = -0.0f;  // which changes nothing that is added to it
+#pragma unroll 1
+    for (int p = 0; p < args.peers; ++p) {
+      decode(args, args.peer[p], row, tile, n, staged, lane, [&](int i, float value) { x[i] += value; });
     }
-    write_floats<kType>(x, staged[warp], lane);
-    auto* to = static_cast<uint8_t*>(args.out) + (row * shape.stride + begin) * kSize<kType>;
-    unstage_floats<kType>(staged[warp], to, n, lane);
-    __syncwarp();
+  } else {
+    decode(args, args.peer[0], row, tile, n, staged, lane, [&](int i, float value) { x[i] = value; });
   }
+  write_floats<kType>(x, staged, lane);
+  unstage_floats<kType>(staged, static_cast<uint8_t*>(args.out) + (row * shape.stride + begin) * kSize<kType>, n, lane);
 }
 
 }  // namespace
@@ -397,7 +398,7 @@ NG_KERNELS(quantize_groups_stochastic, 2, QuantizeArgs, quantize_groups<kType, t
 NG_KERNELS(quantize_rows_stochastic, 2, QuantizeArgs, quantize_rows<kType, true>)
 NG_KERNELS(matrix_range, 3, QuantizeArgs, matrix_range<kType>)
 NG_KERNELS(dequantize, 4, DequantizeArgs, dequantize<kType, false>)
-NG_KERNELS(dequantize_sum, 3, DequantizeArgs, dequantize<kType, true>)
+NG_KERNELS(dequantize_sum, 2, DequantizeArgs, dequantize<kType, true>)
 
 // After matrix_range: the global scale in the place of the range it is made of.
 extern "C" __global__ void finish_global_scale(const __grid_constant__ ng::cuda::QuantizeArgs args) {

@@ -249,8 +249,8 @@ class CudaQuantizeTest : public ::testing::Test {
           for (const DType dtype : kTypes) {
             for (const auto& [rows, cols] : kShapes) {
               ++seed;
-              // A stride that is prime to all of the numbers: 144 cases for each element and scale, and 3 of them.
-              if (!everything && seed % 71 != 0) continue;
+              // Of the 144 cases of each element and scale every 143rd, which goes through them all.
+              if (!everything && seed % 143 != 0) continue;
               const Format format{element, group, static_cast<ScaleType>(scale)};
               expect_equal(format, dtype, rows, cols, seed,
                            {.full_range = seed % 2 == 0, .e8m0_ceil = seed % 4 < 2});
@@ -272,6 +272,206 @@ TEST_F(CudaQuantizeTest, EveryElementAndScaleEqualsTheCpu) { sweep(all_elements(
 
 // Hours on the simulated device.
 TEST_F(CudaQuantizeTest, DISABLED_EverythingEqualsTheCpu) { sweep(all_elements(), true); }
+
+TEST_F(CudaQuantizeTest, EveryCodeHasTheCpusValue) {
+  // Each row counts through the codes, with another scale; NaN and infinite ones and their signs too.
+  constexpr float kScales[] = {1.0f, 0.37f, 0x1p-140f, 3e38f, NAN, -2.0f, INFINITY, 1e-3f};
+  constexpr int64_t kRows = 8, kCols = 256 + 3;
+  uint32_t seed = 0;
+  for (const Element& e : all_elements()) {
+    const Format format{e, seed % 2 == 0 ? 16 : 0, static_cast<ScaleType>(seed % 5)};
+    const CanonicalBytes sizes = canonical_bytes(format, kRows, kCols);
+    std::vector<uint8_t> codes(static_cast<size_t>(sizes.codes)), zeros(static_cast<size_t>(sizes.zeros));
+    std::vector<std::byte> scales(static_cast<size_t>(sizes.scales));
+    float global = 0.7f;
+    const size_t size = scale_bytes(format.scale), groups = static_cast<size_t>(format.groups(kCols));
+    for (size_t row = 0; row < kRows; ++row) {
+      for (int64_t bit = 0; bit < kCols * e.bits; ++bit) {
+        if ((bit / e.bits % e.codes() >> bit % e.bits & 1) == 0) continue;
+        codes[row * static_cast<size_t>(format.row_bytes(kCols)) + static_cast<size_t>(bit / 8)] |=
+            static_cast<uint8_t>(1 << bit % 8);
+      }
+      for (size_t g = 0; g < groups; ++g) {
+        const uint32_t bits = scale_encode(format.scale, kScales[(row + g) % 8]);
+        std::memcpy(&scales[(row * groups + g) * size], &bits, size);
+        if (!zeros.empty()) zeros[row * groups + g] = static_cast<uint8_t>((row * 37 + g) % static_cast<size_t>(e.codes()));
+      }
+    }
+    const CanonicalView matrix{format, kRows, kCols, codes.data(), scales.data(), zeros.empty() ? nullptr : zeros.data(),
+                               format.has_global_scale() ? &global : nullptr};
+    EXPECT_EQ(dequantized({matrix}, kTypes[seed % 3], kCols, seed / 2 % 2), "");
+    ++seed;
+  }
+}
+
+TEST_F(CudaQuantizeTest, StochasticRoundingEqualsTheCpus) {
+  uint32_t seed = 0;
+  for (const Element& e : all_elements()) {
+    ++seed;
+    // The second element of a row starts anywhere among the four that share random numbers.
+    Floats weights(kTypes[seed % 3], 7, 65 + seed % 4, 80, seed);
+    const Format format{e, seed % 2 == 0 ? 32 : 0, static_cast<ScaleType>(seed % 5)};
+    EXPECT_EQ(quantized(weights, format, {.stochastic = true, .seed = 0x123456789abcdefULL * seed}), "");
+  }
+}
+
+TEST_F(CudaQuantizeTest, SumsOfPeersEqualTheCpus) {
+  for (const auto& [text, count] : {std::pair<const char*, int>{"int8:g64:bf16", 2}, {"fp6", 5}, {"uint4:g32:e4m3", 3},
+                                    {"nf4:row:fp32", 4}, {"mxfp4", 64}}) {
+    const Format format = Format::parse(text);
+    for (const DType dtype : kTypes) {
+      std::vector<QTensor> matrices;
+      std::vector<CanonicalView> peers;
+      for (int p = 0; p < count; ++p) {
+        Floats weights(DType::f32, 3, 200, 200, static_cast<uint32_t>(7 * p));
+        matrices.push_back(QTensor::quantize(weights.view(), format));
+        peers.push_back(matrices.back().canonical_view());
+      }
+      EXPECT_EQ(dequantized(peers, dtype, 208), "") << count;
+    }
+  }
+}
+
+TEST_F(CudaQuantizeTest, EmptyMatrices) {
+  for (const auto& [rows, cols] : {std::pair<int64_t, int64_t>{0, 16}, {16, 0}, {0, 0}}) {
+    for (const char* text : {"int8", "fp6", "nvfp4", "uint4:g32"}) {
+      Floats weights(DType::bf16, rows, cols, cols, 1);
+      EXPECT_EQ(quantized(weights, Format::parse(text)), "");
+      const QTensor q = QTensor::quantize(weights.view(), Format::parse(text));
+      EXPECT_EQ(dequantized({q.canonical_view()}, DType::f16, cols), "");
+    }
+  }
+}
+
+TEST_F(CudaQuantizeTest, WhatIsNotFiniteIsRaisedOnceByTheNextWait) {
+  for (const char* text : {"int8", "fp6", "uint4:g32", "nvfp4", "fp8_e4m3:row:bf16", "uint8:g16:e4m3"}) {
+    const Format format = Format::parse(text);
+    for (const DType dtype : kTypes) {
+      Floats weights(dtype, 4, 1500, 1500, 7);
+      weights.set(1500 + 1421, -INFINITY);
+      weights.set(4500, NAN);
+      std::string expected;
+      try {
+        QTensor::quantize(weights.view(), format);
+      } catch (const InvalidArgument& error) {
+        expected = error.what();
+      }
+      EXPECT_NE(expected.find("weights[1, 1421] (element 2921) is -inf"), std::string::npos) << expected;
+      next_ = memory_->data();
+      const std::byte* device = put(weights.bytes);
+      const OnDevice out(format, 4, 1500, next_);
+      quantize(weights.view(const_cast<std::byte*>(device)), out.view(), {}, *stream_);
+      try {
+        stream_->synchronize();
+        ADD_FAILURE() << text;
+      } catch (const InvalidArgument& error) {
+        EXPECT_EQ(error.what(), expected);
+      }
+      EXPECT_NO_THROW(stream_->synchronize());
+      EXPECT_EQ(quantized(weights, format, {.nan = NanPolicy::saturate}), "");
+    }
+  }
+}
+
+TEST_F(CudaQuantizeTest, ReplaysInAGraph) {
+  const Format format = Format::parse("nvfp4");
+  Floats weights(DType::f16, 5, 300, 300, 8);
+  EXPECT_EQ(quantized(weights, format), "");  // loads the kernels
+  next_ = memory_->data();
+  std::byte* device = put(weights.bytes);
+  const OnDevice out(format, 5, 300, next_);
+  out.clear(*stream_);
+  const auto& driver = *cuda::driver();
+  const auto handle = reinterpret_cast<cuda::StreamHandle>(stream_->handle());
+  cuda::Graph graph = nullptr;
+  cuda::GraphExec replay = nullptr;
+  ASSERT_EQ(driver.cuStreamBeginCapture_v2(handle, cuda::CaptureMode::global), cuda::Result::success);
+  quantize(weights.view(device), out.view(), {}, *stream_);
+  ASSERT_EQ(driver.cuStreamEndCapture(handle, &graph), cuda::Result::success);
+  ASSERT_EQ(driver.cuGraphInstantiateWithFlags(&replay, graph, 0), cuda::Result::success);
+  ASSERT_EQ(driver.cuGraphLaunch(replay, handle), cuda::Result::success);
+  EXPECT_EQ(out.compare(QTensor::quantize(weights.view(), format).canonical_view(), *stream_), "");
+  weights.set(299, INFINITY);
+  CudaMemory::upload(device, weights.bytes, *stream_);
+  ASSERT_EQ(driver.cuGraphLaunch(replay, handle), cuda::Result::success);
+  EXPECT_THROW(stream_->synchronize(), InvalidArgument);
+  driver.cuGraphExecDestroy(replay);
+  driver.cuGraphDestroy(graph);
+}
+
+// The comparisons notice a single bit.
+TEST_F(CudaQuantizeTest, FaultsAreNoticed) {
+  const Format format = Format::parse("uint4:g32:e4m3");
+  Floats weights(DType::f32, 3, 77, 77, 14);
+  QTensor q = QTensor::quantize(weights.view(), format);
+  const CanonicalView matrix = q.canonical_view();
+  const OnDevice out(format, 3, 77, next_);
+  out.clear(*stream_);
+  out.upload(matrix, *stream_);
+  EXPECT_EQ(out.compare(matrix, *stream_), "");
+  const CanonicalBytes sizes = canonical_bytes(format, 3, 77);
+  for (uint8_t* byte : {matrix.codes + sizes.codes - 1, matrix.codes, static_cast<uint8_t*>(matrix.scales) + 4,
+                        matrix.zeros + 8, reinterpret_cast<uint8_t*>(matrix.global_scale)}) {
+    *byte ^= 1;
+    EXPECT_NE(out.compare(matrix, *stream_), "");
+    *byte ^= 1;
+  }
+  CudaMemory::fill(reinterpret_cast<std::byte*>(out.view().codes + sizes.codes), 0, 1, *stream_);
+  EXPECT_NE(out.compare(matrix, *stream_), "");
+  std::vector<std::byte> floats(64), others(64);
+  EXPECT_EQ(difference(floats, others, DType::f16), 32u);
+  others[63] = std::byte{1};
+  EXPECT_EQ(difference(floats, others, DType::f16), 31u);
+}
+
+TEST_F(CudaQuantizeTest, BadArgumentsAreRefused) {
+  const Format format = Format::parse("uint4:g32:fp32");
+  Floats weights(DType::f32, 2, 64, 64, 3);
+  std::byte* device = put(weights.bytes);
+  const OnDevice out(format, 2, 64, next_);
+  const TensorView view = weights.view(device);
+  const auto message = [](const auto& call) -> std::string {
+    try {
+      call();
+    } catch (const InvalidArgument& error) {
+      return error.what();
+    }
+    return "";
+  };
+  const auto expect = [&](const char* part, const TensorView& from, const CanonicalView& to, QuantizeOptions options = {}) {
+    const std::string text = message([&] { quantize(from, to, options, *stream_); });
+    EXPECT_NE(text.find(part), std::string::npos) << text;
+  };
+  expect("weights lies in host memory", weights.view(), out.view());
+  expect("weights is at address", weights.view(device + 2), out.view());
+  expect("mse", view, out.view(), {.search = ScaleSearch::mse});
+  CanonicalView broken = out.view();
+  broken.scales = static_cast<std::byte*>(broken.scales) + 2;
+  expect("scales is at address", view, broken);
+  broken = out.view();
+  broken.zeros = nullptr;
+  expect("no zeros", view, broken);
+  uint8_t here = 0;
+  broken.zeros = &here;
+  expect("zeros lies in host memory", view, broken);
+  expect("2 x 64", TensorView(device, DType::f32, {64, 2}), out.view());
+  expect("float64", TensorView(device, DType::f64, {2, 64}), out.view());
+
+  const auto expect_sum = [&](const char* part, const std::vector<CanonicalView>& peers) {
+    const std::string text = message([&] { dequantize_sum(peers, view, *stream_); });
+    EXPECT_NE(text.find(part), std::string::npos) << text;
+    if (peers.size() <= 64) {
+      EXPECT_NE(message([&] { dequantize_sum(peers, weights.view(), default_executor()); }).find(part), std::string::npos);
+    }
+  };
+  expect_sum("no matrices", {});
+  expect_sum("at most 64", std::vector<CanonicalView>(65, out.view()));
+  broken = out.view();
+  broken.format = Format::parse("uint4:g64:fp32");
+  expect_sum("peers[1]", {out.view(), broken});
+  EXPECT_NE(message([&] { dequantize(out.view(), weights.view(), *stream_); }), "");
+  EXPECT_THROW(dequantize(out.view(), view, Stream(99, nullptr)), InvalidArgument);
+}
 
 }  // namespace
 }  // namespace ng
