@@ -89,8 +89,9 @@ struct QuantizeOptions {
 // weights [.., cols] in f32, f16 or bf16, leading axes flattened to rows; rows dense.
 // pre: out has the matrix's rows and cols and arrays of canonical_bytes().
 void quantize(const TensorView& weights, const CanonicalView& out, const QuantizeOptions& options, Executor& executor);
-// On a device NaN and Inf are found when the kernel runs: a synchronize() of the device then throws the InvalidArgument,
-// and what was written is undefined. Of several matrices since the last one it names one. No ScaleSearch::mse.
+// On a device NaN and Inf are found when the kernel runs: a synchronize() of the device then throws the
+// InvalidArgument, and what was written is undefined. Of several matrices since the last one it names one. No
+// ScaleSearch::mse.
 void quantize(const TensorView& weights, const CanonicalView& out, const QuantizeOptions& options,
               const Stream& stream);
 
