@@ -10,6 +10,7 @@
 #include "narrowgauge/device.hpp"
 #include "narrowgauge/memory.hpp"
 #include "narrowgauge/stream.hpp"
+#include "narrowgauge/tensor.hpp"
 
 namespace ng {
 namespace {
