@@ -7,8 +7,8 @@ that is aligned and fills the kernels is quantized, and its counters are compare
 from __future__ import annotations
 
 import ctypes
-import os
 import shutil
+import subprocess
 from ctypes import c_bool, c_double, c_float, c_int32, c_int64, c_uint8, c_uint64
 from pathlib import Path
 
@@ -210,12 +210,32 @@ def dequantize(
     return launch
 
 
-@pytest.mark.skipif("SIMGPU_PTXAS" not in os.environ, reason="ptxas takes 20 s for each: set SIMGPU_PTXAS")
+@pytest.mark.nightly
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
 def test_registers(arch: str) -> None:
+    """ptxas takes 20 s for each."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not installed")
     for name, kernel in static.resources(SOURCE, arch, FLAGS).items():
         stochastic = "stochastic" in name
         ceiling = next((most for prefix, most in CEILINGS.items() if name.startswith(prefix)), OTHERS)
         print(f"{arch} {name}: {kernel.registers} registers, {kernel.shared} bytes of shared memory")
         assert kernel.registers <= (OTHERS if stochastic or "sum" in name else ceiling), name
         assert kernel.stack == kernel.spill_stores == kernel.spill_loads == 0, name
+
+
+@pytest.mark.nightly
+def test_machine_code(tmp_path: Path) -> None:
+    """What ptxas makes of the kernels: no local memory, wide accesses."""
+    if shutil.which("nvcc") is None or static.tool("cuobjdump") is None or static.tool("nvdisasm") is None:
+        pytest.skip("nvcc, cuobjdump or nvdisasm is not installed")
+    cubin = tmp_path / "quantize.cubin"
+    subprocess.run(["nvcc", "-cubin", "-arch=sm_80", *FLAGS, "-o", cubin, SOURCE], check=True)
+    kernels = static.sass(cubin)
+    assert len(kernels) > 10
+    for name, opcodes in kernels.items():
+        total = sum(opcodes.values())
+        print(f"{name}: {total} instructions")
+        assert not any(opcode.startswith(("LDL", "STL")) for opcode in opcodes), name
+        if name.startswith(("quantize_groups", "dequantize")):
+            assert any(opcode.startswith("LDG.E.128") for opcode in opcodes), name
