@@ -15,6 +15,7 @@
 
 namespace ng::cuda {
 
+// Lives for ever: what is loaded is found again by its address.
 struct Image {
   const char* name;
   const void* cubins;  // a fat binary; null in a build for development, which has PTX only

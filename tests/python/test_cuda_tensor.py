@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 import subprocess
 import sys
@@ -303,3 +304,36 @@ def test_nan_is_raised_at_the_wait(xp: Any) -> None:
         with pytest.raises(ValueError, match=r"\[2, 5\]|133"):
             stream.synchronize()
         stream.synchronize()  # said once
+
+
+def test_two_gpus() -> None:
+    """What is on one is not mistaken for what is on the other."""
+    if "LD_LIBRARY_PATH" not in os.environ:
+        pytest.skip("the number of devices is the simulated driver's to choose")
+    code = """
+import numpy as np, narrowgauge as ng
+if ng.cuda.device_count() != 2:
+    raise SystemExit(77)
+w = np.arange(64, dtype=np.float32).reshape(4, 16)
+first, second = ng.Tensor.from_dlpack(w).to("cuda:0"), ng.Tensor.from_dlpack(w).to("cuda:1")
+assert second.device == "cuda:1" and ng.quantize(second, "int8").device == "cuda:1"
+assert np.array_equal(np.from_dlpack(first.to("cuda:1").to("cpu")), w)
+try:
+    ng.quantize(second, "int8").dequantize()
+    ng._native.quantize(second, ng.Format("int8"), 4, 16, ng._native.empty([4, 16], "uint8", "cuda:0"),
+                        ng._native.empty([4, 1], "float32", "cuda:0"), None, None, "absmax", "error", False, 0,
+                        False, False)
+except ValueError as error:
+    assert "weights is on cuda:1, expected cuda:0" in str(error), error
+else:
+    raise AssertionError("no error")
+try:
+    ng.cuda.Event(1).record(ng.cuda.Stream(0))
+except ValueError as error:
+    assert "an event of cuda:1 is recorded in a stream of cuda:0" in str(error), error
+"""
+    environment = {**os.environ, "SIMGPU_DEVICES": "2"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    if done.returncode == 77:
+        pytest.skip("there is one GPU")
+    assert done.returncode == 0, done.stderr

@@ -43,3 +43,27 @@ def back_with_zeros(program: simgpu.Program) -> simgpu.Launch:
 @simgpu.case(SOURCE, "dequantize_sum_f32", elements=ELEMENTS, flags=FLAGS)
 def sum_of_peers(program: simgpu.Program) -> simgpu.Launch:
     return dequantize(program, "dequantize_sum", "f32", 0, 5, peers=4, rows=ROWS).clean()
+
+
+# Rows that begin anywhere, so that their edges and parts take the paths for what is not aligned.
+RAGGED = 3001
+
+
+@simgpu.case(SOURCE, "quantize_groups_f16", elements=ROWS * RAGGED, flags=FLAGS)
+def ragged_groups(program: simgpu.Program) -> simgpu.Launch:
+    return quantize(program, "quantize_groups", "f16", 2, 3, 32, rows=ROWS, cols=RAGGED).clean()
+
+
+@simgpu.case(SOURCE, "quantize_rows_f32", elements=ROWS * RAGGED, flags=FLAGS)
+def ragged_rows(program: simgpu.Program) -> simgpu.Launch:
+    return quantize(program, "quantize_rows", "f32", 0, 6, 0, rows=ROWS, cols=RAGGED).clean()
+
+
+@simgpu.case(SOURCE, "dequantize_f16", elements=ROWS * RAGGED, flags=FLAGS)
+def ragged_back(program: simgpu.Program) -> simgpu.Launch:
+    return dequantize(program, "dequantize", "f16", 3, 4, peers=1, rows=ROWS, cols=RAGGED).clean()
+
+
+@simgpu.case(SOURCE, "dequantize_sum_bf16", elements=ROWS * RAGGED, flags=FLAGS)
+def ragged_sum(program: simgpu.Program) -> simgpu.Launch:
+    return dequantize(program, "dequantize_sum", "bf16", 1, 7, peers=2, rows=ROWS, cols=RAGGED).clean()

@@ -98,11 +98,11 @@ def element(kind: int, bits: int) -> ctypes.Structure:
     return out
 
 
-def shape(bits: int, group: int, rows: int) -> ctypes.Structure:
+def shape(bits: int, group: int, rows: int, cols: int) -> ctypes.Structure:
     """`group` 0 is the row."""
-    units = group // 16 or 64
+    units, tiles = group // 16 or 64, -(-cols // 1024)
     return Shape(
-        rows, COLS, COLS, COLS * bits // 8, COLS // (group or COLS), COLS // 1024, 1024, 64 // units,
+        rows, cols, cols, -(-cols * bits // 8), -(-cols // (group or cols)), tiles, 1024, 64 // units,
         64 // units if group else 0, units, 65536 // units + 1, 2,
     )  # fmt: skip
 
@@ -117,18 +117,18 @@ def program() -> simgpu.Program:
 class Matrix:
     """A canonical matrix with scales of 16 bits, on a device, and how many bytes it has."""
 
-    def __init__(self, device: simgpu.Device, bits: int, group: int, zeros: bool, rows: int) -> None:
+    def __init__(self, device: simgpu.Device, bits: int, group: int, zeros: bool, rows: int, cols: int) -> None:
         rng = np.random.default_rng(bits)
-        groups = COLS // (group or COLS)
+        groups, row_bytes = -(-cols // (group or cols)), -(-cols * bits // 8)
         self.buffers = [
-            device.array(rng.integers(0, 256, rows * COLS * bits // 8, dtype=np.uint8)),
+            device.array(rng.integers(0, 256, rows * row_bytes, dtype=np.uint8)),
             device.array(rng.uniform(0.5, 1, rows * groups).astype(np.float16).view(np.uint16)),
         ]
         if zeros:
             self.buffers.append(device.array(rng.integers(0, 1 << bits, rows * groups, dtype=np.uint8)))
         pointers = [buffer.ptr for buffer in self.buffers] + [0, 0]
         self.arrays = Arrays(*pointers[:3], 0)
-        self.bytes = rows * COLS * bits // 8 + rows * groups * (3 if zeros else 2)
+        self.bytes = rows * row_bytes + rows * groups * (3 if zeros else 2)
 
 
 def check(launch: simgpu.Launch, ideal: int, instructions: float) -> None:
@@ -147,19 +147,21 @@ def check(launch: simgpu.Launch, ideal: int, instructions: float) -> None:
 
 
 def quantize(
-    program: simgpu.Program, name: str, dtype: str, kind: int, bits: int, group: int, rows: int = ROWS
+    program: simgpu.Program, name: str, dtype: str, kind: int, bits: int, group: int, rows: int = ROWS, cols: int = COLS
 ) -> simgpu.Launch:
     device = simgpu.Device()
-    weights = np.random.default_rng(0).standard_normal((rows, COLS)).astype(np.float32)
+    weights = np.random.default_rng(0).standard_normal((rows, cols)).astype(np.float32)
     raw = weights.view(np.uint32) >> 16 if dtype == "bf16" else weights.astype({"f32": "f4", "f16": "f2"}[dtype])
     source = device.array(raw.astype(np.uint16) if dtype == "bf16" else raw, readonly=True)
-    matrix = Matrix(device, bits, group, kind == 2, rows)
+    matrix = Matrix(device, bits, group, kind == 2, rows, cols)
     scale = ScaleCoding(1, False, True, 42, (1023 - 14) << 52, 65504.0, {0: 4.0, 3: 1.0}.get(kind, 1 << bits - 1))
-    args = QuantizeArgs(source.ptr, matrix.arrays, shape(bits, group, rows), element(kind, bits), scale, False, 1, 0)
+    args = QuantizeArgs(
+        source.ptr, matrix.arrays, shape(bits, group, rows, cols), element(kind, bits), scale, False, 1, 0
+    )
     assert program.find(f"{name}_{dtype}").params[0].size == ctypes.sizeof(args)
     grid, block = ((1, rows // 2), 256) if group else (rows, 128)
     launch = program.launch(f"{name}_{dtype}", grid, block, [bytes(args)], device)
-    launch.ideal = matrix.bytes + rows * COLS * SIZES[dtype]
+    launch.ideal = matrix.bytes + rows * cols * SIZES[dtype]
     return launch
 
 
@@ -197,13 +199,13 @@ def test_adding_peers(program: simgpu.Program, dtype: str) -> None:
 
 
 def dequantize(
-    program: simgpu.Program, name: str, dtype: str, kind: int, bits: int, peers: int, rows: int = ROWS
+    program: simgpu.Program, name: str, dtype: str, kind: int, bits: int, peers: int, rows: int = ROWS, cols: int = COLS
 ) -> simgpu.Launch:
     device = simgpu.Device()
-    matrices = [Matrix(device, bits, 64, kind == 2, rows) for _ in range(peers)]
-    out = device.empty(rows * COLS * SIZES[dtype], np.uint8)
+    matrices = [Matrix(device, bits, 64, kind == 2, rows, cols) for _ in range(peers)]
+    out = device.empty(rows * cols * SIZES[dtype], np.uint8)
     arrays = (Arrays * PEERS)(*[matrix.arrays for matrix in matrices])
-    args = DequantizeArgs(out.ptr, shape(bits, 64, rows), element(kind, bits), 1, peers, arrays)
+    args = DequantizeArgs(out.ptr, shape(bits, 64, rows, cols), element(kind, bits), 1, peers, arrays)
     assert program.find(f"{name}_{dtype}").params[0].size == ctypes.sizeof(args)
     launch = program.launch(f"{name}_{dtype}", (1, rows // 2), 256, [bytes(args)], device)
     launch.ideal = peers * matrices[0].bytes + out.nbytes
