@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from .. import access
 from ..machine import DTYPE, UNSIGNED, Machine
-from ..ptx import WIDTH, Addr, Imm, Instruction, Sym, bits_type, data_type, expect, items, state_space
-from ..steps import Lanes, Operation
+from ..ptx import WIDTH, Addr, Imm, Instruction, Reg, Sym, bits_type, data_type, expect, items, state_space
+from ..steps import Lanes, Operation, Reader, Writer
 
 
 def _ld(m: Machine, ins: Instruction) -> Operation:
@@ -19,7 +20,7 @@ def _ld(m: Machine, ins: Instruction) -> Operation:
     raw = type_name if type_name[0] in "su" else bits_type(ins)
     writes = [m.write(item, raw) for item in items(ins.args[0])]
     dtype, count = DTYPE[raw], len(writes)
-    if space == "param":
+    if space == "param" and not isinstance(expect(ins.args[1], Addr).base, Reg):
         values = _parameter(m, expect(ins.args[1], Addr), element * count).view(dtype)
 
         def execute_param(i: Lanes) -> None:
@@ -28,6 +29,8 @@ def _ld(m: Machine, ins: Instruction) -> Operation:
 
         return execute_param
     address = m.address(ins.args[1])
+    if space == "param":  # through a register: the compiler shares the start of a structure
+        return _indirect_parameter(m, ins, address, writes, dtype)
 
     def execute(i: Lanes) -> None:
         lanes, addresses = m.spread(i, address(i))
@@ -44,6 +47,25 @@ def _parameter(m: Machine, address: Addr, size: int) -> np.ndarray:
     if offset is None:
         return np.zeros(size, np.uint8)
     return np.frombuffer(m.launch.params, np.uint8, size, offset + address.offset)
+
+
+def _indirect_parameter(
+    m: Machine, ins: Instruction, address: Reader, writes: list[Writer], dtype: DTypeLike
+) -> Operation:
+    params = np.frombuffer(m.launch.params, np.uint8)
+    size = np.dtype(dtype).itemsize * len(writes)
+
+    def execute(i: Lanes) -> None:
+        lanes, addresses = m.spread(i, address(i))
+        outside = (addresses < 0) | (addresses + size > params.size)
+        if outside.any():
+            message = f"out-of-bounds read of {size} bytes of {params.size} bytes of parameters"
+            m.fail(ins, message, int(lanes[outside.argmax()]))
+        loaded = params[addresses[:, None] + np.arange(size)].view(dtype)
+        for k, write in enumerate(writes):
+            write(i, np.ascontiguousarray(loaded[:, k]))
+
+    return execute
 
 
 def _st(m: Machine, ins: Instruction) -> Operation:
