@@ -6,7 +6,8 @@ find_program(NARROWGAUGE_NVCC nvcc PATHS /usr/local/cuda/bin
   DOC "CUDA's compiler, 12.8 or later; OFF: build no kernels")
 option(NARROWGAUGE_PTX_ONLY "Build kernels as PTX only, for a quick turn in development" OFF)
 
-set(nvcc_options -std=c++20 -O3 -I${PROJECT_SOURCE_DIR}/cpp/src -I${PROJECT_SOURCE_DIR}/cuda)
+# No contraction, as on the CPU: fused multiply-adds are written where they are meant.
+set(nvcc_options -std=c++20 -O3 -fmad=false -I${PROJECT_SOURCE_DIR}/cpp/src -I${PROJECT_SOURCE_DIR}/cuda)
 set(cubins 80 90 100 120)
 set(ptx 80)
 

@@ -24,8 +24,8 @@ class ContextScope {
   const Driver& driver_;
 };
 
-// While it lives, calls of this thread that could wait, such as those for memory, do not end the captures of graphs that
-// are in progress. pre: a context is current
+// While it lives, calls of this thread that could wait, such as those for memory, do not end the captures of graphs
+// that are in progress. pre: a context is current
 class CaptureExemption {
  public:
   explicit CaptureExemption(const Driver& driver) : driver_(driver) {
@@ -46,8 +46,8 @@ void note_kernel(int device, const char* name) noexcept;
 // As check(), with the device's last kernel in the message.
 void check_device(Result result, const char* what, int device);
 
-// Called on every Stream::synchronize() of the device, once for each `check` however often it is registered: throws what
-// kernels have found in their input. `check` lives for ever and is called with the context current.
+// Called on every Stream::synchronize() of the device, once for each `check` however often it is registered: throws
+// what kernels have found in their input. `check` lives for ever and is called with the context current.
 class DeviceCheck {
  public:
   virtual ~DeviceCheck() = default;

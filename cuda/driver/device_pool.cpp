@@ -220,7 +220,8 @@ class DevicePool::Impl final : private DeviceSpace, public SleepingEngine {
 
   // pre: mutex_ is held, as for all that follows.
   Lane& lane_of(unsigned long long stream) {
-    const auto found = std::find_if(lanes_.begin(), lanes_.end(), [&](const Lane& lane) { return lane.stream == stream; });
+    const auto found =
+        std::find_if(lanes_.begin(), lanes_.end(), [&](const Lane& lane) { return lane.stream == stream; });
     if (found != lanes_.end()) return *found;
     if (spare_.empty()) {
       spare_.push_back({.stream = stream,
@@ -332,7 +333,11 @@ class DevicePool::Impl final : private DeviceSpace, public SleepingEngine {
   struct Staging {
     explicit Staging(int device)
         : stream(Stream::create(device)), pool(device), buffer(static_cast<std::byte*>(pool.allocate(2 * kPiece))) {}
-    ~Staging() { pool.deallocate(buffer, 2 * kPiece); }
+    ~Staging() {
+      // After an error of the sink a copy may be under way. The context is current.
+      cuda::driver()->cuStreamSynchronize(cuda::handle_of(stream));
+      pool.deallocate(buffer, 2 * kPiece);
+    }
     Staging(const Staging&) = delete;
     Staging& operator=(const Staging&) = delete;
 

@@ -73,6 +73,18 @@ Function find_kernel(const Image& image, std::string_view name, int device) {
   return kernel;
 }
 
+DevicePtr find_variable(const Image& image, const char* name, int device) {
+  Modules& known = modules();
+  const std::unique_lock lock(known.mutex);
+  Loaded& loaded = known.all[{&image, device}];
+  if (loaded.module == nullptr) loaded.module = load(image, device);
+  DevicePtr pointer = 0;
+  size_t bytes = 0;
+  const Result result = require_driver().cuModuleGetGlobal_v2(&pointer, &bytes, loaded.module, name);
+  check(result, concat("looking for variable ", name, " in '", image.name, "'").c_str());
+  return pointer;
+}
+
 void allow_shared_bytes(Function kernel, size_t bytes) {
   NG_CUDA(require_driver(),
           cuFuncSetAttribute(kernel, FunctionAttribute::max_dynamic_shared_bytes, static_cast<int>(bytes)));

@@ -5,6 +5,7 @@
 // first asked for: tens of milliseconds, and seconds where the driver compiles PTX for the first time.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <span>
 #include <string_view>
@@ -29,6 +30,9 @@ struct Dim3 {
 // device takes none of the image's codes. pre: the device's context is current, and it is not capturing for the first.
 Function find_kernel(const Image& image, std::string_view name, int device);
 
+// The address of a __device__ variable of the image; loads it likewise.
+DevicePtr find_variable(const Image& image, const char* name, int device);
+
 // Allows launches with this much dynamic shared memory, which beyond 48 KiB must be asked for. Throws CudaError.
 void allow_shared_bytes(Function kernel, size_t bytes);
 
@@ -46,7 +50,7 @@ void launch_with(const Launch& launch, const Stream& stream, std::span<void*> ar
 
 template <typename... Arguments>
 void launch(const Launch& what, const Stream& stream, const Arguments&... arguments) {
-  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
+  std::array<void*, sizeof...(Arguments)> pointers{const_cast<void*>(static_cast<const void*>(&arguments))...};
   launch_with(what, stream, pointers);
 }
 

@@ -1,10 +1,12 @@
-// Whose memory an address is: the check at the boundary of functions that run on a GPU.
+// What a caller's pointer points to.
 #pragma once
+
+#include <cstddef>
 
 namespace ng::cuda {
 
-// Throws InvalidArgument, with `name`, unless kernels on cuda:`device` can use the address: memory of that device, or
-// pinned memory of the host. pre: the device's context is current.
-void require_reachable(const void* pointer, int device, const char* name);
+// Throws InvalidArgument, with `name`, unless `pointer` is memory of cuda:`device`, aligned to `alignment`. Null passes.
+// pre: the device's context is current.
+void check_pointer(const void* pointer, const char* name, int device, size_t alignment);
 
 }  // namespace ng::cuda

@@ -18,6 +18,15 @@ bool done(Result result, const char* what, int device) {
   return true;
 }
 
+void destroy(int device, CUstream_st* stream) noexcept {
+  try {
+    const ContextScope context(device);
+    context->cuStreamDestroy_v2(reinterpret_cast<cuda::StreamHandle>(stream));
+  } catch (const Error&) {
+    // A forked child, whose parent has the stream.
+  }
+}
+
 }  // namespace
 
 // --- Stream ------------------------------------------------------------------------------------------------------
@@ -27,18 +36,8 @@ Stream Stream::create(int device) {
   cuda::StreamHandle handle = nullptr;
   NG_CUDA(context.driver(), cuStreamCreate(&handle, cuda::kStreamNonBlocking));
   Stream stream(device, reinterpret_cast<CUstream_st*>(handle));
-  stream.owned_ = true;
+  stream.owner_ = {stream.handle_, [device](CUstream_st* owned) { destroy(device, owned); }};
   return stream;
-}
-
-Stream::~Stream() {
-  if (!owned_) return;
-  try {
-    const ContextScope context(device_);
-    context->cuStreamDestroy_v2(cuda::handle_of(*this));
-  } catch (const Error&) {
-    // A forked child: the stream is its parent's.
-  }
 }
 
 void Stream::synchronize() const {

@@ -17,6 +17,7 @@ void bind_device(nb::module_& module);
 void bind_stream(nb::module_& module);
 void bind_tensor(nb::module_& module);
 void bind_memory(nb::module_& module);
+void bind_pool(nb::module_& module);
 void bind_io(nb::module_& module);
 void bind_checkpoint(nb::module_& module);
 

@@ -15,6 +15,7 @@
 #include "bindings.hpp"
 #include "narrowgauge/error.hpp"
 #include "narrowgauge/tensor.hpp"
+#include "pool.hpp"
 #include "tensor.hpp"
 
 namespace ng::python {
@@ -74,11 +75,13 @@ class PyHostPool {
   std::shared_ptr<Pool> pool_;
 };
 
-nb::dict statistics(const PyHostPool& self) {
+}  // namespace
+
+nb::dict statistics_of(const Pool& pool) {
   PoolStatistics counts;
   {
     const nb::gil_scoped_release release;
-    counts = self.pool()->statistics();
+    counts = pool.statistics();
   }
   nb::dict out;
   out["in_use"] = counts.in_use;
@@ -92,9 +95,22 @@ nb::dict statistics(const PyHostPool& self) {
   return out;
 }
 
+std::shared_ptr<PageSink> sink_of(nb::object object) {
+  std::shared_ptr<PageSink> sink;
+  if (!object.is_none() && !nb::try_cast(object, sink)) sink = std::make_shared<PySink>(std::move(object));
+  return sink;
+}
+
+PyTensor new_tensor(const std::shared_ptr<Pool>& pool, const std::vector<int64_t>& shape, std::string_view dtype) {
+  const DType type = dtype_named(dtype);
+  const nb::gil_scoped_release release;
+  return {Tensor::empty(pool, shape, type)};
+}
+
+namespace {
+
 void sleep(const PyHostPool& self, nb::object sink) {
-  std::shared_ptr<PageSink> target;
-  if (!sink.is_none() && !nb::try_cast(sink, target)) target = std::make_shared<PySink>(std::move(sink));
+  std::shared_ptr<PageSink> target = sink_of(std::move(sink));
   const nb::gil_scoped_release release;
   if (target) {
     self.host().sleep(std::move(target));
@@ -117,12 +133,10 @@ void bind_memory(nb::module_& module) {
       .def(
           "empty",
           [](const PyHostPool& self, const std::vector<int64_t>& shape, std::string_view dtype) {
-            const DType type = dtype_named(dtype);
-            const nb::gil_scoped_release release;
-            return PyTensor{Tensor::empty(self.pool(), shape, type)};
+            return new_tensor(self.pool(), shape, dtype);
           },
           "shape"_a, "dtype"_a)
-      .def("statistics", &statistics)
+      .def("statistics", [](const PyHostPool& self) { return statistics_of(*self.pool()); })
       .def(
           "trim", [](const PyHostPool& self) { return self.host().trim(); }, nb::call_guard<nb::gil_scoped_release>())
       .def("sleep", &sleep, "sink"_a.none())

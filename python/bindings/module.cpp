@@ -51,6 +51,7 @@ NB_MODULE(_native, module) {
   bind_stream(module);
   bind_tensor(module);
   bind_memory(module);
+  bind_pool(module);
   bind_io(module);
   bind_checkpoint(module);
 }

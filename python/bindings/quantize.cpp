@@ -33,7 +33,7 @@ class BorrowedCanonical {
 
   const CanonicalView& view() const noexcept { return view_; }
   Device device() const noexcept { return codes_.device(); }
-  Stream stream() const noexcept { return codes_.stream(); }
+  const Stream& stream() const noexcept { return codes_.stream(); }
 
  private:
   uint8_t* optional(std::optional<BorrowedTensor>& borrowed, nb::handle array, const char* name, bool expected,

@@ -13,29 +13,25 @@
 namespace ng::python {
 namespace {
 
-using Handle = std::pair<int, CUstream_st*>;
-
-// Streams that this thread has entered by `with`, innermost last; the objects of Python are kept alive by that.
-std::vector<Handle>& entered() {
-  thread_local std::vector<Handle> streams;
+// Streams that this thread has entered by `with`, innermost last.
+std::vector<Stream>& entered() {
+  thread_local std::vector<Stream> streams;
   return streams;
 }
 
-Handle handle_of(const Stream& stream) { return {stream.device(), stream.handle()}; }
-
 void leave(const Stream& stream) {
-  std::vector<Handle>& streams = entered();
-  NG_CHECK(!streams.empty() && streams.back() == handle_of(stream), InvalidArgument,
-           "a stream is left that this thread has not entered last");
+  std::vector<Stream>& streams = entered();
+  NG_CHECK(!streams.empty() && streams.back().device() == stream.device() && streams.back().handle() == stream.handle(),
+           InvalidArgument, "a stream is left that this thread has not entered last");
   streams.pop_back();
 }
 
 }  // namespace
 
 Stream current_stream(int device) {
-  const std::vector<Handle>& streams = entered();
+  const std::vector<Stream>& streams = entered();
   for (auto each = streams.rbegin(); each != streams.rend(); ++each) {
-    if (each->first == device) return {device, each->second};
+    if (each->device() == device) return *each;
   }
   return {device, nullptr};
 }
@@ -59,7 +55,8 @@ void bind_stream(nb::module_& module) {
       .def(
           "__init__",
           [](Stream* self, int device, std::optional<uintptr_t> handle) {
-            new (self) Stream(handle ? Stream(device, reinterpret_cast<CUstream_st*>(*handle)) : Stream::create(device));
+            new (self)
+                Stream(handle ? Stream(device, reinterpret_cast<CUstream_st*>(*handle)) : Stream::create(device));
           },
           "device"_a = 0, "handle"_a = nb::none())
       .def_prop_ro("device", &Stream::device)
@@ -72,12 +69,12 @@ void bind_stream(nb::module_& module) {
       .def("wait", &Stream::wait, "event"_a, "Work that is given from now on starts after the event.")
       .def("__enter__",
            [](nb::handle self) {
-             entered().push_back(handle_of(nb::cast<const Stream&>(self)));
+             entered().push_back(nb::cast<const Stream&>(self));
              return nb::borrow(self);
            })
       .def(
-          "__exit__", [](const Stream& self, nb::handle, nb::handle, nb::handle) { leave(self); },
-          "type"_a.none(), "value"_a.none(), "traceback"_a.none());
+          "__exit__", [](const Stream& self, nb::handle, nb::handle, nb::handle) { leave(self); }, "type"_a.none(),
+          "value"_a.none(), "traceback"_a.none());
 
   module.def(
       "current_stream", [](int device) { return current_stream(device); }, "device"_a = 0,

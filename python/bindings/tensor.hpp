@@ -20,7 +20,7 @@ struct PyTensor {
 // The dtype called "float32", ...; TypeError naming all of them otherwise.
 DType dtype_named(std::string_view name);
 
-// The stream of cuda:`device` that this thread has entered by `with`, else the default one. It is borrowed.
+// The stream of cuda:`device` that this thread has entered by `with`, else the default one.
 Stream current_stream(int device);
 
 // Shares the memory of any array with DLPack, on whatever device, in the order of that device's current stream.

@@ -118,7 +118,7 @@ void BorrowedTensor::borrow_tensor(const PyTensor& tensor, const char* name, Acc
   if (access == Access::write && tensor.read_only) throw_type_error(concat(name, " is read-only"));
   view_ = tensor.tensor.view();
   device_ = tensor.tensor.device();
-  if (!device_.is_cpu()) stream_ = current_stream(device_.gpu).handle();
+  if (!device_.is_cpu()) stream_ = current_stream(device_.gpu);
 }
 
 void BorrowedTensor::borrow_exchanged(const dlpack::ExchangeApi& api, nb::handle object, const char* name) {
@@ -129,12 +129,11 @@ void BorrowedTensor::borrow_exchanged(const dlpack::ExchangeApi& api, nb::handle
   if (device_.is_cpu()) return;
   void* stream = nullptr;
   if (api.current_work_stream(tensor.device.type, tensor.device.id, &stream) != 0) nb::raise_python_error();
-  stream_ = static_cast<CUstream_st*>(stream);
+  stream_ = {device_.gpu, static_cast<CUstream_st*>(stream)};
 }
 
 void BorrowedTensor::borrow_array(nb::handle object, const char* name, Access access) {
-  // numpy's arrays, by far the most common, are on the host; others say where they are.
-  if (!PyObject_CheckBuffer(object.ptr()) && nb::hasattr(object, "__dlpack_device__")) {
+  if (nb::hasattr(object, "__dlpack_device__")) {
     const auto [type, id] = nb::cast<std::tuple<int32_t, int32_t>>(object.attr("__dlpack_device__")());
     if (!device_of({type, id}, name).is_cpu()) {
       PyTensor tensor = from_dlpack(object);

@@ -35,7 +35,7 @@ class BorrowedTensor {
   const TensorView* operator->() const noexcept { return &view_; }
   Device device() const noexcept { return device_; }
   // The stream of the array's GPU that the framework which it comes from works in now. pre: it is on a GPU.
-  Stream stream() const noexcept { return {device_.gpu, stream_}; }
+  const Stream& stream() const noexcept { return stream_; }
 
  private:
   void borrow_tensor(const PyTensor& tensor, const char* name, Access access);
@@ -44,8 +44,8 @@ class BorrowedTensor {
 
   TensorView view_;
   Device device_;
-  CUstream_st* stream_ = nullptr;
-  Tensor shared_;               // of an array on a GPU without the exchange table
+  Stream stream_{0, nullptr};
+  Tensor shared_;              // of an array on a GPU without the exchange table
   nb::ndarray<nb::ro> owner_;  // empty on the exchange path
 };
 

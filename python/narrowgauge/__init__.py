@@ -16,7 +16,7 @@ from narrowgauge import _native
 from narrowgauge._native import FileTier, Format, Tensor, format_aliases, set_threads, threads
 from narrowgauge.errors import CheckpointCorrupt, CheckpointError, CudaError, Error, FileCorrupt, PerformanceWarning
 from narrowgauge.linear import linear
-from narrowgauge.memory import HostPool, PoolStatistics
+from narrowgauge.memory import DevicePool, HostPool, PinnedPool, PoolStatistics
 from narrowgauge.qtensor import Canonical, QTensor, quantize
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ __all__ = [
     "CheckpointError",
     "Checkpointer",
     "CudaError",
+    "DevicePool",
     "Error",
     "FileCorrupt",
     "FileTier",
@@ -69,6 +70,7 @@ __all__ = [
     "LayerReport",
     "PerRank",
     "PerformanceWarning",
+    "PinnedPool",
     "PoolStatistics",
     "QTensor",
     "QuantizeReport",

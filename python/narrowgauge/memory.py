@@ -1,4 +1,4 @@
-"""Host memory from a pool: page-aligned, in huge pages where possible, faulted in before its first use."""
+"""Memory from pools: of the host, page-locked, and of GPUs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _SHORT_DTYPES = {
 
 
 class PoolStatistics(NamedTuple):
-    """What a pool holds at one instant, in bytes of whole pages."""
+    """What a pool holds at one instant, in bytes of whole pages, or of 512 bytes on a GPU."""
 
     in_use: int
     """Held by tensors."""
@@ -41,7 +41,7 @@ class PoolStatistics(NamedTuple):
     reserved: int
     """Had from the system: in use, cached and free."""
     cached: int
-    """Free, but kept ready in the threads' caches."""
+    """Free, but in the threads' caches, or still used by work on a GPU."""
     largest_free: int
     """The longest free run."""
     bad_frees: int
@@ -61,7 +61,7 @@ class Sink(Protocol):
 
 
 class HostPool:
-    """A pool of host memory. Thread-safe.
+    """A pool of host memory: page-aligned, in huge pages where possible, faulted in before its first use. Thread-safe.
 
     limit: the most bytes that tensors may hold, as a number or as text such as "8GiB", "512MiB" or "1.5GB"; what the
     pool has reserved may be more. huge_pages: ask the system for 2 MiB pages. numa_node: bind all memory to this node.
@@ -77,7 +77,7 @@ class HostPool:
 
         MemoryError, with the request and the statistics, if the limit or the system refuses.
         """
-        return self._pool.empty([shape] if isinstance(shape, int) else list(shape), _dtype_name(dtype))
+        return self._pool.empty(_shape(shape), _dtype_name(dtype))
 
     @property
     def limit(self) -> int | None:
@@ -100,10 +100,7 @@ class HostPool:
         discard=True loses the contents; discard=False first puts them into `sink`. Until wake() tensors may die, but
         not be made, read or written; memory that is registered for I/O must be released before.
         """
-        if discard and sink is not None:
-            raise ValueError("sleep: a sink is given, but discard=True keeps nothing; expected discard=False")
-        if not discard and sink is None:
-            raise ValueError("sleep: discard=False needs a sink, which keeps the contents; got None")
+        _check_sleep(discard, sink)
         self._pool.sleep(sink)
 
     def wake(self) -> None:
@@ -115,9 +112,111 @@ class HostPool:
         return self._pool.huge_page_bytes()
 
     def __repr__(self) -> str:
-        counts = self.statistics()
-        limit = "none" if self.limit is None else str(self.limit)
-        return f"HostPool({counts.in_use} bytes in use, {counts.reserved} reserved, limit {limit})"
+        return _repr(self)
+
+
+class PinnedPool:
+    """A pool of page-locked host memory, which copies to and from GPUs need to be fast and asynchronous. Thread-safe.
+
+    limit: as HostPool's. The system cannot give page-locked memory to anyone else: keep it small. All GPUs may use it;
+    device only says through which one it is asked for. It does not sleep. CudaError where there is no GPU.
+    """
+
+    def __init__(self, limit: int | str | None = None, *, device: int = 0) -> None:
+        self._pool = _native.PinnedPool(None if limit is None else size_in_bytes(limit, "limit"), device)
+
+    def empty(self, shape: int | Sequence[int], dtype: Any) -> Tensor:
+        """A new dense tensor in host memory, as HostPool.empty() makes it.
+
+        Copies that use it must be done before it dies.
+        """
+        return self._pool.empty(_shape(shape), _dtype_name(dtype))
+
+    @property
+    def limit(self) -> int | None:
+        return self._pool.limit
+
+    def statistics(self) -> PoolStatistics:
+        return PoolStatistics(**self._pool.statistics())
+
+    def trim(self) -> int:
+        """Gives memory back to the system where all that was taken at once is free. Returns the bytes given back."""
+        return self._pool.trim()
+
+    def __repr__(self) -> str:
+        return _repr(self)
+
+
+class DevicePool:
+    """A pool of the memory of one GPU, in the order of its current stream (ng.cuda.Stream). Thread-safe.
+
+    limit: as HostPool's. A tensor is for the stream that is current when it is made: what that stream frees it may
+    reuse at once, others when the work before is done. CudaError where there is no GPU.
+
+    PyTorch's tensors can come from such a pool, one for each GPU, before the first of them is made:
+
+    >>> path = narrowgauge._native.__file__
+    >>> pool = torch.cuda.memory.CUDAPluggableAllocator(path, "ng_torch_cuda_malloc", "ng_torch_cuda_free")
+    >>> torch.cuda.memory.change_current_allocator(pool)
+
+    torch then does not raise OutOfMemoryError where memory is out, but a RuntimeError when the tensor is used;
+    Tensor.record_stream() does nothing, and CUDA graphs must be captured without allocating.
+    """
+
+    def __init__(self, device: int = 0, limit: int | str | None = None) -> None:
+        self._pool = _native.DevicePool(device, None if limit is None else size_in_bytes(limit, "limit"))
+
+    def empty(self, shape: int | Sequence[int], dtype: Any) -> Tensor:
+        """A new dense tensor on the GPU, as HostPool.empty()."""
+        return self._pool.empty([shape] if isinstance(shape, int) else list(shape), _dtype_name(dtype))
+
+    @property
+    def device(self) -> int:
+        return self._pool.device
+
+    @property
+    def limit(self) -> int | None:
+        return self._pool.limit
+
+    @property
+    def is_asleep(self) -> bool:
+        return self._pool.is_asleep
+
+    def statistics(self) -> PoolStatistics:
+        return PoolStatistics(**self._pool.statistics())
+
+    def trim(self) -> int:
+        """Gives free memory back to the GPU, in granules of 2 MiB. Returns the bytes given back."""
+        return self._pool.trim()
+
+    def sleep(self, discard: bool = True, sink: Sink | _native.PageSink | None = None) -> None:
+        """As HostPool.sleep(), of the GPU's memory; waits for all work on the GPU first."""
+        _check_sleep(discard, sink)
+        self._pool.sleep(sink)
+
+    def wake(self) -> None:
+        """Undoes sleep(). MemoryError if the GPU's memory was taken meanwhile; may be tried again if it raises."""
+        self._pool.wake()
+
+    def __repr__(self) -> str:
+        return _repr(self)
+
+
+def _repr(pool: HostPool | PinnedPool | DevicePool) -> str:
+    counts = pool.statistics()
+    limit = "none" if pool.limit is None else str(pool.limit)
+    return f"{type(pool).__name__}({counts.in_use} bytes in use, {counts.reserved} reserved, limit {limit})"
+
+
+def _check_sleep(discard: bool, sink: Any) -> None:
+    if discard and sink is not None:
+        raise ValueError("sleep: a sink is given, but discard=True keeps nothing; expected discard=False")
+    if not discard and sink is None:
+        raise ValueError("sleep: discard=False needs a sink, which keeps the contents; got None")
+
+
+def _shape(shape: int | Sequence[int]) -> list[int]:
+    return [shape] if isinstance(shape, int) else list(shape)
 
 
 def size_in_bytes(size: int | str, name: str) -> int:

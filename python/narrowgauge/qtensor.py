@@ -166,9 +166,8 @@ class QTensor:
         if library == "numpy" and device != "cpu":
             library = "narrowgauge"
         target = _arrays.library(library, device)
-        return QTensor.from_canonical(
-            self.format, self.shape, Canonical(*(part and self._move(part, target) for part in self.canonical()))
-        )
+        parts = (None if part is None else self._move(part, target) for part in self.canonical())
+        return QTensor.from_canonical(self.format, self.shape, Canonical(*parts))
 
     def _move(self, array: Array, target: Arrays) -> Array:
         if isinstance(target, _arrays.TorchArrays):

@@ -37,3 +37,11 @@ def test_a_library_that_is_no_driver(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("False the NVIDIA driver lacks cuDriverGetVersion: it is older than CUDA 12.0")
+
+
+@pytest.mark.parametrize("pool", [ng.DevicePool, ng.PinnedPool])
+def test_pools_of_gpus_without_one(pool: type[ng.DevicePool] | type[ng.PinnedPool]) -> None:
+    if ng.cuda.is_available():
+        pytest.skip("there is a driver")
+    with pytest.raises(ng.CudaError, match="CUDA cannot be used"):
+        pool()

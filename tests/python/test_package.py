@@ -31,12 +31,16 @@ def test_version_is_the_same_everywhere() -> None:
     assert f"Version: {narrowgauge.__version__}\n" in pkg_config
 
 
-def test_module_exports_its_init_function_only() -> None:
+def test_module_exports_its_init_function_and_what_torch_looks_up() -> None:
     lines = binutil("nm", "-D", "--defined-only", "-C", native_path()).splitlines()
     symbols = {line.split(maxsplit=2)[2] for line in lines}
     # nanobind throws these across modules, so their type information has to be shared.
     shared = r"(typeinfo|typeinfo name|vtable) for nanobind::.*"
-    assert {symbol for symbol in symbols if not re.fullmatch(shared, symbol)} == {"PyInit__native"}
+    assert {symbol for symbol in symbols if not re.fullmatch(shared, symbol)} == {
+        "PyInit__native",
+        "ng_torch_cuda_malloc",
+        "ng_torch_cuda_free",
+    }
 
 
 def test_module_links_only_the_system() -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import json
 import math
 import mmap
@@ -121,10 +122,14 @@ class Server:
 
     def load(self, request: bytes) -> tuple[int, str]:
         (module,) = struct.unpack_from("<Q", request)
+        gc.disable()  # the many objects of a module live for ever
         try:
             program = simgpu.Program(request[8:].decode())
         except Exception as error:  # whatever a parser makes of text that is not PTX
             return INVALID_PTX, f"{type(error).__name__}: {error}"
+        finally:
+            gc.freeze()
+            gc.enable()
         self.programs[module] = program
         return SUCCESS, describe(program)
 

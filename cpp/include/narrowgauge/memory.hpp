@@ -97,8 +97,8 @@ struct HostPoolOptions {
 //
 // Blocks are whole pages, split and merged by size (src/memory/suballocator.hpp). Blocks of up to 64 KiB pass through
 // caches, of which each thread uses one: they belong to the pool and not to the thread, so that a thread may die and a
-// block may be freed anywhere. Memory goes back to the system by trim(), sleep() and the destructor, and where the system
-// refuses a new arena.
+// block may be freed anywhere. Memory goes back to the system by trim(), sleep() and the destructor, and where the
+// system refuses a new arena.
 //
 // A deallocate() that names no live block of that size (a wrong pointer or size, a second time) changes nothing and is
 // counted in statistics().bad_frees. After fork the child has its own copy. The destructor unmaps all blocks.
@@ -137,9 +137,9 @@ class HostPool final : public Pool {
 };
 
 // Page-locked host memory, which copies between host and device need to be asynchronous and fast; all devices may use
-// it. HostPool's blocks and caches, over arenas that the driver allocates (at the speed of a page fault, and it is taken
-// from what the system can give to others: keep it small). A block lies in one arena, and arenas go back to the system
-// as a whole, by trim() and the destructor. It does not sleep: its addresses could not be kept.
+// it. HostPool's blocks and caches, over arenas that the driver allocates (at the speed of a page fault, and it is
+// taken from what the system can give to others: keep it small). A block lies in one arena, and arenas go back to the
+// system as a whole, by trim() and the destructor. It does not sleep: its addresses could not be kept.
 //
 // A block that work on a device still uses must not be freed. In a child that was forked it allocates nothing.
 class PinnedPool final : public Pool {
@@ -166,9 +166,9 @@ inline constexpr size_t kDevicePoolAlignment = 512;
 // as they are needed, so that neighbours merge whenever they were mapped. Blocks are split and merged by the same code
 // as HostPool's, in units of 512 bytes; there are no caches. It grows by what is needed, or by a 32nd of itself.
 //
-// Streams. Memory that is freed in a stream's order is reused at once by that stream. Others get it when all work before
-// the free is done; if they would have to wait and nothing else is free, it is their stream that waits, for one event,
-// before the pool grows. The host never waits. Memory that was freed without a stream is everybody's at once.
+// Streams. Memory that is freed in a stream's order is reused at once by that stream. Others get it when all work
+// before the free is done; if they would have to wait and nothing else is free, it is their stream that waits, for one
+// event, before the pool grows. The host never waits. Memory that was freed without a stream is everybody's at once.
 //
 // A stream that is being captured into a graph gets nothing: allocate before the capture. A block that is freed in its
 // order stays taken until the pool is destroyed, since the graph may use it whenever it is launched; so does one whose
@@ -215,12 +215,12 @@ class DevicePool final : public Pool {
   std::unique_ptr<Impl> impl_;
 };
 
-// The pool of cuda:`device` that the Python package makes its tensors in, and torch's if it is asked to. Made on the first
-// call and kept until the process ends. Throws as DevicePool's constructor does. Thread-safe.
+// The pool of cuda:`device` that the Python package makes its tensors in, and torch's if it is asked to. Made on the
+// first call and kept until the process ends. Throws as DevicePool's constructor does. Thread-safe.
 std::shared_ptr<DevicePool> default_device_pool(int device);
 
-// A DevicePool as one stream sees it: what allocates and frees through it does so in that stream's order. So tensors and
-// the other adaptors work with streams.
+// A DevicePool as one stream sees it: what allocates and frees through it does so in that stream's order. So tensors
+// and the other adaptors work with streams.
 class StreamPool final : public Pool {
  public:
   // A stream that is not our own must outlive the pool and its blocks. Throws InvalidArgument if the pool is null or of

@@ -14,10 +14,16 @@
 //
 // All functions are thread-safe on distinct outputs, allocate nothing that outlives the call, and throw
 // InvalidArgument for anything that does not fit.
+//
+// Those that take a Stream instead of an Executor work on its device: all pointers are memory of that device, aligned
+// to their elements. They give their work to the stream and return; nothing is allocated, nothing waits, and all of it
+// may be captured into a CUDA graph once a function of this header has run on the device before. Results equal the
+// CPU's bit for bit, but for which NaN a NaN is. They throw CudaError if the device cannot be used.
 #pragma once
 
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -27,6 +33,8 @@
 #include "narrowgauge/tensor.hpp"
 
 namespace ng {
+
+class Stream;
 
 // A borrowed canonical matrix. All arrays dense. scales in the Format's scale type.
 struct CanonicalView {
@@ -81,9 +89,19 @@ struct QuantizeOptions {
 // weights [.., cols] in f32, f16 or bf16, leading axes flattened to rows; rows dense.
 // pre: out has the matrix's rows and cols and arrays of canonical_bytes().
 void quantize(const TensorView& weights, const CanonicalView& out, const QuantizeOptions& options, Executor& executor);
+// On a device NaN and Inf are found when the kernel runs: a synchronize() of the device then throws the InvalidArgument,
+// and what was written is undefined. Of several matrices since the last one it names one. No ScaleSearch::mse.
+void quantize(const TensorView& weights, const CanonicalView& out, const QuantizeOptions& options,
+              const Stream& stream);
 
 // out [.., cols], f32, f16 or bf16. The product value * scale is rounded once to fp32, then to the output's type.
 void dequantize(const CanonicalView& matrix, const TensorView& out, Executor& executor);
+void dequantize(const CanonicalView& matrix, const TensorView& out, const Stream& stream);
+
+// out = the sum of the peers' values, as dequantize gives them in f32, added in f32 in the order of the peers; rounded
+// to the output's type at the end. All have the same Format and shape. On a device at most 64.
+void dequantize_sum(std::span<const CanonicalView> peers, const TensorView& out, Executor& executor);
+void dequantize_sum(std::span<const CanonicalView> peers, const TensorView& out, const Stream& stream);
 
 // --- packed -------------------------------------------------------------------------------------------------
 

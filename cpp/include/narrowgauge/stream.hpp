@@ -10,6 +10,7 @@
 #pragma once
 
 #include <cstddef>
+#include <memory>
 #include <utility>
 
 struct CUstream_st;  // of the CUDA driver: a CUstream is a pointer to one
@@ -23,14 +24,9 @@ class Stream {
  public:
   // The caller's stream on cuda:`device`, which must outlive this; null is the default stream. Nothing is checked.
   Stream(int device, CUstream_st* handle) noexcept : device_(device), handle_(handle) {}
-  // A stream of our own, which does not wait for the default stream.
+  // A stream of our own, which does not wait for the default stream. Copies share it: it goes with the last of them,
+  // and the work that it was given goes on.
   static Stream create(int device);
-  ~Stream();  // the work that was given to a stream of our own goes on
-  Stream(Stream&& other) noexcept { swap(other); }
-  Stream& operator=(Stream&& other) noexcept {
-    Stream(std::move(other)).swap(*this);
-    return *this;
-  }
 
   int device() const noexcept { return device_; }
   CUstream_st* handle() const noexcept { return handle_; }
@@ -46,15 +42,9 @@ class Stream {
   bool is_capturing() const;
 
  private:
-  void swap(Stream& other) noexcept {
-    std::swap(device_, other.device_);
-    std::swap(handle_, other.handle_);
-    std::swap(owned_, other.owned_);
-  }
-
-  int device_ = 0;
-  CUstream_st* handle_ = nullptr;
-  bool owned_ = false;
+  int device_;
+  CUstream_st* handle_;
+  std::shared_ptr<CUstream_st> owner_;  // of a stream of our own
 };
 
 // A point in a stream's order: where it was last recorded. Without timing. Move-only.

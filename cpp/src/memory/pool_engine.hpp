@@ -1,5 +1,5 @@
-// PoolEngine: what the pools have in common. It decides which bytes of a range of addresses belong to whom, and asks its
-// pool for memory behind a part of that range, an arena, when there is too little.
+// PoolEngine: what the pools have in common. It decides which bytes of a range of addresses belong to whom, and asks
+// its pool for memory behind a part of that range, an arena, when there is too little.
 //
 // It deals in offsets into the range, never in addresses, and never touches memory: the range may be of the host or of
 // a device, or lie in pieces. Blocks are whole units, split and merged by a Suballocator; arenas are whole granules, a
@@ -114,7 +114,8 @@ class PoolEngine {
 
   // Throws OutOfMemory for what no pool can hold.
   uint32_t units_of(size_t bytes) const {
-    if (bytes > most_bytes_) [[unlikely]] throw_out_of_memory(bytes, "it is more than a pool can address");
+    if (bytes > most_bytes_) [[unlikely]]
+      throw_out_of_memory(bytes, "it is more than a pool can address");
     return rounded(bytes);
   }
 

@@ -29,7 +29,7 @@ class Suballocator {
   };
 
   using Set = uint32_t;
-  static constexpr Set kShared = 0;         // is always there
+  static constexpr Set kShared = 0;           // is always there
   static constexpr Set kLive = ~uint32_t{0};  // no set: what for_each() says of a live run
 
   // For units below `capacity`, at most 2^31. Throws OutOfMemory if the table cannot be mapped.

@@ -14,16 +14,20 @@
 
 #include "narrowgauge/device.hpp"
 #include "narrowgauge/error.hpp"
+#include "quantize/arguments.hpp"
 #include "quantize/codec.hpp"
 #include "quantize/stochastic.hpp"
 
 namespace ng {
 namespace {
 
+using codec::check_canonical;
+using codec::check_dense;
 using codec::kBlock;
 using codec::kRun;
 using codec::kSpread;
 using codec::Source;
+using codec::source_of;
 
 // Work handed to a thread at a time, in elements: enough to hide the hand-over.
 constexpr int64_t kGrain = 65536;
@@ -32,103 +36,7 @@ constexpr int64_t kGrain = 65536;
 constexpr std::array<int, 20> kMultiples{64, 80, 76, 72, 70, 68, 66, 62, 60, 58,
                                          56, 54, 52, 50, 48, 46, 44, 40, 36, 32};
 
-// --- checks ---------------------------------------------------------------------------------------------------
-
-void check_format(const Format& format) {
-  const Element& e = format.element;
-  const bool element_fits = e.kind == ElementKind::fp    ? e.bits >= 3 && e.bits <= 8 && e.exponent_bits >= 1 &&
-                                                               1 + e.exponent_bits + e.mantissa_bits == e.bits
-                            : e.kind == ElementKind::nf4 ? e.bits == 4
-                                                         : e.bits >= 2 && e.bits <= 8;
-  const bool group_fits = format.group == 0 || (format.group % 16 == 0 && format.group >= 16 && format.group <= 1024);
-  NG_CHECK(element_fits && group_fits && format.scale <= ScaleType::e4m3, InvalidArgument, "'", format.str(),
-           "' is not a format; make formats with Format::parse");
-}
-
-Source source_of(DType dtype, const char* name) {
-  switch (dtype) {
-    case DType::f32: return Source::f32;
-    case DType::f16: return Source::f16;
-    case DType::bf16: return Source::bf16;
-    default: throw InvalidArgument(concat(name, " is ", dtype_name(dtype), "; expected float32, float16 or bfloat16"));
-  }
-}
-
-void check_array(const void* array, int64_t bytes, const char* name, const Format& format) {
-  NG_CHECK(array != nullptr || bytes == 0, InvalidArgument, "the matrix has no ", name, "; format ", format.str(),
-           " needs ", bytes, " bytes of them");
-}
-
-void check_canonical(const CanonicalView& matrix) {
-  const CanonicalBytes bytes = canonical_bytes(matrix.format, matrix.rows, matrix.cols);
-  check_array(matrix.codes, bytes.codes, "codes", matrix.format);
-  check_array(matrix.scales, bytes.scales, "scales", matrix.format);
-  check_array(matrix.zeros, bytes.zeros, "zeros", matrix.format);
-  check_array(matrix.global_scale, bytes.global_scale, "global_scale", matrix.format);
-}
-
-MatrixView check_dense(const TensorView& tensor, const char* name, const CanonicalView& matrix) {
-  const MatrixView view = as_matrix(tensor, name);
-  NG_CHECK(view.rows == matrix.rows && view.cols == matrix.cols, InvalidArgument, name, " has shape ",
-           tensor.shape_str(), ", a matrix of ", view.rows, " x ", view.cols, "; expected ", matrix.rows, " x ",
-           matrix.cols);
-  return view;
-}
-
-// --- constants of a format ------------------------------------------------------------------------------------
-
-codec::Floating floating(const Element& e) {
-  const int bias = (1 << (e.exponent_bits - 1)) - 1;
-  const int specials = e.bits == 8 && e.exponent_bits == 4 ? 0x7f : e.bits == 8 && e.exponent_bits == 5 ? 0x7c : 1 << 8;
-  return {e.bits,  e.mantissa_bits, std::bit_cast<int32_t>(element_max(e)), (1 - bias + 127) << 23, (127 - bias) << 23,
-          specials};
-}
-
-codec::Element codec_element(const Element& e, bool full_range) {
-  codec::Element out{};
-  out.bits = e.bits;
-  switch (e.kind) {
-    case ElementKind::fp:
-      out.kind = codec::Kind::fp;
-      out.fp = floating(e);
-      break;
-    case ElementKind::signed_int:
-      out.kind = codec::Kind::signed_int;
-      out.high = e.codes() / 2 - 1;
-      out.low = -out.high - (full_range ? 1 : 0);
-      break;
-    case ElementKind::unsigned_int:
-      out.kind = codec::Kind::unsigned_int;
-      out.high = e.codes() - 1;
-      break;
-    case ElementKind::nf4: {
-      out.kind = codec::Kind::nf4;
-      const auto values = element_values(e);
-      std::copy_n(values.begin(), 16, out.values);
-      for (size_t i = 0; i < 15; ++i) {
-        // Exact in double. A tie goes to the even index.
-        const double middle = (static_cast<double>(values[i]) + static_cast<double>(values[i + 1])) / 2;
-        auto least = static_cast<float>(middle);
-        if (least < middle || (least == middle && i % 2 == 0)) {
-          least = std::nextafter(least, std::numeric_limits<float>::infinity());
-        }
-        out.thresholds[i] = least;
-      }
-      break;
-    }
-  }
-  return out;
-}
-
-codec::ScaleRule scale_rule(const Format& format, bool ceil, float global) {
-  codec::ScaleRule rule{static_cast<codec::Scale>(format.scale), ceil, element_max(format.element), 1.0f};
-  if (format.scale == ScaleType::e8m0 && !ceil) rule.divisor = std::exp2(std::floor(std::log2(rule.divisor)));
-  if (format.has_global_scale()) {
-    rule.divisor *= global;
-    rule.global = global;
-  }
-  return rule;
-}
+// --- quantize -------------------------------------------------------------------------------------------------
 
 // Elements of a run: whole groups and whole blocks of 64 codes. A format without groups is cut anywhere.
 int64_t run_length(const Format& format) {
@@ -136,8 +44,6 @@ int64_t run_length(const Format& format) {
   const int64_t unit = std::lcm(int64_t{format.group}, kBlock);
   return kRun / unit * unit;
 }
-
-// --- quantize -------------------------------------------------------------------------------------------------
 
 // Elements for which the kernels see one scale, as a power of two: whole blocks where groups allow it.
 int spread_shift(int64_t group) { return group % kBlock == 0 ? 6 : 4; }
@@ -194,7 +100,7 @@ class Quantizer {
         out_(out),
         options_(options),
         format_(out.format),
-        element_(codec_element(format_.element, options.full_range)),
+        element_(codec::element_of(format_.element, options.full_range)),
         has_zeros_(format_.element.has_zero_point()),
         row_bytes_(format_.row_bytes(weights.cols)),
         groups_(format_.groups(weights.cols)),
@@ -211,7 +117,7 @@ class Quantizer {
       check_finite();
       *out_.global_scale = global;
     }
-    rule_ = scale_rule(format_, options_.e8m0_ceil, global);
+    rule_ = codec::scale_rule(format_, options_.e8m0_ceil, global);
     if (format_.group != 0) {
       executor.parallel_for(out_.rows * runs_, std::max<int64_t>(1, kGrain / std::min(run_, weights_.cols)),
                             [&](int64_t begin, int64_t end) {
@@ -288,8 +194,7 @@ class Quantizer {
     const int64_t row = index / weights_.cols, col = index % weights_.cols;
     float value = 0;
     to_floats(source(row, col), type_, 1, &value);
-    throw InvalidArgument(concat("weights[", row, ", ", col, "] (element ", index, ") is ", value,
-                                 "; expected finite numbers, or nan=\"saturate\""));
+    throw InvalidArgument(codec::not_finite(row, col, index, value));
   }
 
   // The ranges of the groups of a run; a group with NaN or Inf is reported and counts as zeros.
@@ -567,7 +472,7 @@ const codec::Table& codec::table() {
 // --- public ---------------------------------------------------------------------------------------------------
 
 CanonicalBytes canonical_bytes(const Format& format, int64_t rows, int64_t cols) {
-  check_format(format);
+  codec::check_format(format);
   NG_CHECK(rows >= 0 && cols >= 0, InvalidArgument, "a matrix of ", rows, " x ", cols, " elements; expected >= 0");
   CanonicalBytes bytes;
   int64_t groups = 0;
@@ -602,7 +507,7 @@ void dequantize(const CanonicalView& matrix, const TensorView& out, Executor& ex
 
   const Format& format = matrix.format;
   const codec::Table& kernels = codec::table();
-  const codec::Element element = codec_element(format.element, false);
+  const codec::Element element = codec::element_of(format.element, false);
   const bool has_zeros = format.element.has_zero_point();
   const int64_t row_bytes = format.row_bytes(matrix.cols), groups = format.groups(matrix.cols);
   const int64_t length = run_length(format), runs = (matrix.cols + length - 1) / length;

@@ -10,6 +10,7 @@
 #include <array>
 #include <atomic>
 #include <chrono>
+#include <deque>
 #include <memory>
 #include <random>
 #include <string>
@@ -51,7 +52,13 @@ class Gate {
  private:
   static void wait(void* open) { static_cast<std::atomic<bool>*>(open)->wait(false); }
 
-  std::atomic<bool> open_{false};
+  // The stream may come to it when the gate is gone.
+  static std::atomic<bool>& closed() {
+    static std::deque<std::atomic<bool>> all;
+    return all.emplace_back(false);
+  }
+
+  std::atomic<bool>& open_ = closed();
 };
 
 class CudaDevicePool : public ::testing::Test {
@@ -233,8 +240,8 @@ TEST_F(CudaDevicePool, ManyStreamsAndThreads) {
   for (std::thread& thread : threads) thread.join();
   for (size_t thread = 0; thread < kThreads; ++thread) {
     for (size_t step = 0; step < kSteps; ++step) {
-      EXPECT_TRUE(all_are(seen[thread] + step * kMost, static_cast<unsigned char>(64 * thread + step),
-                          sizes[thread][step]))
+      EXPECT_TRUE(
+          all_are(seen[thread] + step * kMost, static_cast<unsigned char>(64 * thread + step), sizes[thread][step]))
           << thread << ' ' << step;
     }
     pinned_->deallocate(seen[thread], seen_bytes);
@@ -359,8 +366,8 @@ TEST_F(CudaDevicePool, TensorsOutliveThePool) {
   const Stream stream = Stream::create(0);
   const std::array<int64_t, 1> shape{int64_t{1} << 20};
   const std::weak_ptr<DevicePool> watch = pool_;
-  Tensor tensor = Tensor::empty(std::make_shared<StreamPool>(std::exchange(pool_, nullptr), Stream::create(0)), shape,
-                                DType::u8);
+  Tensor tensor =
+      Tensor::empty(std::make_shared<StreamPool>(std::exchange(pool_, nullptr), Stream::create(0)), shape, DType::u8);
   auto* data = static_cast<std::byte*>(tensor->data);
   fill(data, 3, 1 << 20, stream);
   stream.synchronize();

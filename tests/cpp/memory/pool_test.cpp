@@ -338,7 +338,7 @@ TYPED_TEST_P(SleepingPoolTest, KeepsContentsInASink) {
   pool.sleep(sink);
   size_t put = 0;
   for (const auto& [key, bytes] : sink->kept) put += bytes.size();
-  EXPECT_EQ(put, in_use);  // live blocks only, each once
+  EXPECT_EQ(put, in_use);         // live blocks only, each once
   for (int i = 0; i < 20; ++i) {  // freed while asleep
     give(pool, blocks.back());
     blocks.pop_back();

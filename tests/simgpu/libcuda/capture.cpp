@@ -17,7 +17,7 @@ std::vector<std::shared_ptr<Capture>>& captures() {
 }
 
 // How the thread's calls meet captures that mind them.
-thread_local CaptureMode thread_mode = CaptureMode::global;
+[[gnu::tls_model("initial-exec")]] thread_local CaptureMode thread_mode = CaptureMode::global;
 
 [[noreturn]] void invalidate(Capture& capture, Result result) {
   capture.invalidated = true;

@@ -126,5 +126,30 @@ TEST_F(SimulatedGpu, AdversarialReplayShowsAMissingEdge) {
   }
 }
 
+TEST_F(SimulatedGpu, AThreadMayBeExemptFromOthersCaptures) {
+  start();
+  const StreamHandle main = stream(0), side = stream();
+  const EventHandle outside = event();
+  NG_OK(cuda->cuEventRecord(outside, side));
+  NG_OK(cuda->cuStreamBeginCapture_v2(main, CaptureMode::global));
+  auto mode = CaptureMode::relaxed;
+  NG_OK(cuda->cuThreadExchangeStreamCaptureMode(&mode));
+  EXPECT_EQ(mode, CaptureMode::global);
+  void* pointer = nullptr;
+  NG_OK(cuda->cuMemHostAlloc(&pointer, 16, 0));
+  NG_OK(cuda->cuMemFreeHost(pointer));
+  const Result query = cuda->cuEventQuery(outside);
+  EXPECT_TRUE(query == kOk || query == Result::not_ready);
+  std::thread([&] {  // the mode is this thread's only
+    NG_OK(cuda->cuCtxPushCurrent_v2(context));
+    EXPECT_EQ(cuda->cuMemHostAlloc(&pointer, 16, 0), Result::stream_capture_unsupported);
+  })
+      .join();
+  NG_OK(cuda->cuThreadExchangeStreamCaptureMode(&mode));
+  EXPECT_EQ(mode, CaptureMode::relaxed);
+  Graph graph = nullptr;
+  EXPECT_EQ(cuda->cuStreamEndCapture(main, &graph), Result::stream_capture_invalidated);
+}
+
 }  // namespace
 }  // namespace ng::cuda

@@ -18,7 +18,8 @@ namespace {
 
 std::atomic<bool> forked{false};
 std::atomic<const std::vector<std::unique_ptr<ContextOfDriver>>*> devices{nullptr};
-thread_local std::vector<ContextOfDriver*> context_stack;
+// Static storage, here and elsewhere: LeakSanitizer may crash at that of libraries loaded at run time.
+[[gnu::tls_model("initial-exec")]] thread_local std::vector<ContextOfDriver*> context_stack;
 std::mutex context_mutex;  // of retain and release
 
 void make_devices() {
@@ -91,7 +92,7 @@ Result describe(Result result, const char* Description::* member, const char** o
 
 }  // namespace
 
-thread_local bool in_host_function = false;
+[[gnu::tls_model("initial-exec")]] thread_local bool in_host_function = false;
 
 bool initialised() { return devices.load() != nullptr && !forked.load(); }
 

@@ -43,7 +43,7 @@ ContextOfDriver& current_context();
 // Whether calls may be made: cuInit has run, in this process and not in one that it was forked from.
 bool initialised();
 // Set while a host function runs, which may not call the driver.
-extern thread_local bool in_host_function;
+[[gnu::tls_model("initial-exec")]] extern thread_local bool in_host_function;
 
 // A duplicate that is out of the way of the numbers that a simulator process gets its files by. Closes the file.
 int inherited_file(int file);

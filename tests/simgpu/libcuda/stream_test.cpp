@@ -107,5 +107,24 @@ TEST_F(SimulatedGpu, LegacyStreamOrdersBlockingStreamsOnly) {
   EXPECT_EQ(host[2], 2);
 }
 
+TEST_F(SimulatedGpu, StreamsHaveIdsOfTheirOwn) {
+  start();
+  std::vector<unsigned long long> ids;
+  for (int i = 0; i < 20; ++i) {
+    const StreamHandle made = stream();
+    unsigned long long id = 0;
+    NG_OK(cuda->cuStreamGetId(made, &id));
+    unsigned long long again = 0;
+    NG_OK(cuda->cuStreamGetId(made, &again));
+    EXPECT_EQ(id, again);
+    ids.push_back(id);
+    NG_OK(cuda->cuStreamDestroy_v2(made));  // its handle may come again
+  }
+  ids.emplace_back();
+  NG_OK(cuda->cuStreamGetId(nullptr, &ids.back()));
+  std::sort(ids.begin(), ids.end());
+  EXPECT_EQ(std::adjacent_find(ids.begin(), ids.end()), ids.end());
+}
+
 }  // namespace
 }  // namespace ng::cuda

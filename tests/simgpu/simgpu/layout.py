@@ -22,7 +22,7 @@ class Layout:
 
     @classmethod
     def of(cls, module: Module, kernel: Kernel, globals_at: Mapping[str, int], dynamic_shared: int) -> Layout:
-        addresses = {**globals_at, **{param.name: param.offset for param in kernel.params}}
+        addresses = dict(globals_at)
         used = {name for ins in kernel.code for name in symbols(ins.args)}
         shared = [v for v in module.variables + kernel.variables if v.space == "shared" and v.name in used]
         top = _place([v for v in shared if not v.dynamic], addresses)

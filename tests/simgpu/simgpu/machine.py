@@ -8,7 +8,7 @@ scheduler.py's matter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -44,6 +44,19 @@ _CLOCKS = ("clock", "clock64", "clock_hi", "globaltimer", "globaltimer_lo", "glo
 _MULTIPROCESSORS = 132
 
 
+class _Registers(dict[str, np.ndarray]):
+    """Made when they are first named: large kernels have more registers than a launch touches."""
+
+    def __init__(self, widths: Mapping[str, int], lanes: int) -> None:
+        super().__init__()
+        self.widths, self.lanes = widths, lanes
+
+    def __missing__(self, name: str) -> np.ndarray:
+        width = self.widths[name]
+        self[name] = np.full(self.lanes, _UNWRITTEN.get(width, 0), UNSIGNED[width])
+        return self[name]
+
+
 class Machine:
     def __init__(self, launch: Launch, blocks: Sequence[int]) -> None:
         self.launch = launch
@@ -60,11 +73,7 @@ class Machine:
         self.block_of = self.lanes // self.lanes_per_block  # counted in this batch
         self.alive = self.lanes % self.lanes_per_block < launch.threads
         self.now = 1  # the step counter that orders accesses to shared memory
-        self.registers: dict[str, np.ndarray] = {
-            name: np.full(self.lane_count, _UNWRITTEN.get(width, 0), UNSIGNED[width])
-            for name, width in self.kernel.registers.items()
-            if width in UNSIGNED
-        }
+        self.registers = _Registers(self.kernel.registers, self.lane_count)
         self.carry = np.zeros(self.lane_count, np.uint64)
         self.local = np.full(max(16, self.lane_count * self.layout.local_bytes), POISON, np.uint8)
         self.local_views = {size: self.local.view(f"u{size}") for size in (1, 2, 4, 8)}
@@ -177,6 +186,10 @@ class Machine:
         return np.array([operand.value & mask], UNSIGNED[width])
 
     def symbol_address(self, symbol: Sym) -> int:
+        """Of a parameter: where it is among them, for ld.param."""
+        parameter = self.launch.param_offset(symbol.name)
+        if parameter is not None:
+            return parameter + symbol.offset
         if symbol.name not in self.layout.addresses:
             raise PtxError(f"{self.kernel.name}: unknown variable {symbol.name}")
         return self.layout.addresses[symbol.name] + symbol.offset

@@ -50,7 +50,30 @@ INSTRUCTIONS: dict[str, Callable[[Machine, Instruction], Step]] = {
 }
 
 
+# What always becomes an operation. In large kernels, of which a launch executes a small part, these are decoded when
+# they are first executed.
+_PLAIN = {base for file in (arithmetic, bits, compare, convert, memory) for base in file.INSTRUCTIONS} | {"mov"}
+_LARGE = 1000
+
+
 def decode(m: Machine, ins: Instruction) -> Step:
+    later = ins.base in _PLAIN and len(m.kernel.code) > _LARGE
+    return _when_executed(m, ins) if later else _decode(m, ins)
+
+
+def _when_executed(m: Machine, ins: Instruction) -> Operation:
+    operation: Operation | None = None
+
+    def execute(i: Lanes) -> None:
+        nonlocal operation
+        if operation is None:
+            operation = _decode(m, ins)
+        operation(i)
+
+    return execute
+
+
+def _decode(m: Machine, ins: Instruction) -> Step:
     if ins.base not in INSTRUCTIONS:
         raise m.unsupported(ins)
     try:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
-from numpy.typing import DTypeLike
 
 from .. import access
 from ..machine import DTYPE, UNSIGNED, Machine
 from ..ptx import WIDTH, Addr, Imm, Instruction, Reg, Sym, bits_type, data_type, expect, items, state_space
-from ..steps import Lanes, Operation, Reader, Writer
+from ..steps import Lanes, Operation
 
 
 def _ld(m: Machine, ins: Instruction) -> Operation:
@@ -20,7 +21,9 @@ def _ld(m: Machine, ins: Instruction) -> Operation:
     raw = type_name if type_name[0] in "su" else bits_type(ins)
     writes = [m.write(item, raw) for item in items(ins.args[0])]
     dtype, count = DTYPE[raw], len(writes)
-    if space == "param" and not isinstance(expect(ins.args[1], Addr).base, Reg):
+    if space == "param" and isinstance(expect(ins.args[1], Addr).base, Reg):
+        return _ld_parameters(m, ins, element * count, dtype, writes)
+    if space == "param":
         values = _parameter(m, expect(ins.args[1], Addr), element * count).view(dtype)
 
         def execute_param(i: Lanes) -> None:
@@ -29,8 +32,6 @@ def _ld(m: Machine, ins: Instruction) -> Operation:
 
         return execute_param
     address = m.address(ins.args[1])
-    if space == "param":  # through a register: the compiler shares the start of a structure
-        return _indirect_parameter(m, ins, address, writes, dtype)
 
     def execute(i: Lanes) -> None:
         lanes, addresses = m.spread(i, address(i))
@@ -49,21 +50,21 @@ def _parameter(m: Machine, address: Addr, size: int) -> np.ndarray:
     return np.frombuffer(m.launch.params, np.uint8, size, offset + address.offset)
 
 
-def _indirect_parameter(
-    m: Machine, ins: Instruction, address: Reader, writes: list[Writer], dtype: DTypeLike
+def _ld_parameters(
+    m: Machine, ins: Instruction, size: int, dtype: type, writes: list[Callable[[Lanes, np.ndarray], None]]
 ) -> Operation:
-    params = np.frombuffer(m.launch.params, np.uint8)
-    size = np.dtype(dtype).itemsize * len(writes)
+    """From an address in a register: an entry of an array in a parameter."""
+    address, params = m.address(ins.args[1]), np.frombuffer(m.launch.params, np.uint8)
 
     def execute(i: Lanes) -> None:
-        lanes, addresses = m.spread(i, address(i))
-        outside = (addresses < 0) | (addresses + size > params.size)
-        if outside.any():
-            message = f"out-of-bounds read of {size} bytes of {params.size} bytes of parameters"
-            m.fail(ins, message, int(lanes[outside.argmax()]))
-        loaded = params[addresses[:, None] + np.arange(size)].view(dtype)
-        for k, write in enumerate(writes):
-            write(i, np.ascontiguousarray(loaded[:, k]))
+        lanes, offsets = m.spread(i, address(i))
+        bad = (offsets < 0) | (offsets + size > params.size) | (offsets % size != 0)
+        if bad.any():
+            k = int(np.argmax(bad))
+            m.fail(ins, f"read of {size} bytes at {offsets[k]} of {params.size} bytes of parameters", lanes[k])
+        loaded: np.ndarray = params[offsets[:, None] + np.arange(size)].view(dtype)
+        for column, write in enumerate(writes):
+            write(i, np.ascontiguousarray(loaded[:, column]))
 
     return execute
 
