@@ -29,6 +29,8 @@ struct FpxTile {
   constexpr int resident(int terms) const { return teams == 1 ? 1 : terms > 2 ? 2 : 3; }
   constexpr int threads() const { return warps * teams * 32; }
   constexpr int weight_rows() const { return warps * blocks * 16; }
+  // Of static shared memory: scales of the rows of each warp.
+  constexpr int scratch_bytes() const { return warps * teams * kRecordSlots * blocks * 16 * 4; }
   // Of floats, from one row of x to the next where sums meet in shared memory: without bank conflicts.
   constexpr int sum_pitch() const { return weight_rows() + 4; }
   constexpr int stage_bytes(int bits, int record_bytes) const {
@@ -70,14 +72,14 @@ struct FpxArgs {
   FpxOutput out;
 
   int32_t k;
-  int32_t stages;         // of a row: ceil(k / 64)
-  int32_t tiles;          // of 64 rows
-  int32_t quantum;        // stages; ranges of columns start at multiples of it, which are starts of groups
-  int32_t groups;         // of a row
-  int32_t group_slices;   // 2^28 if the row is the group
-  int32_t record_bytes;   // of 64 rows
-  int32_t zeros;          // bytes before the zero points of a record; -1 if there are none
-  int32_t x_aligned;      // rows of x start at multiples of 16 bytes
+  int32_t stages;        // of a row: ceil(k / 64)
+  int32_t tiles;         // of 64 rows
+  int32_t quantum;       // stages; ranges of columns start at multiples of it, which are starts of groups
+  int32_t groups;        // of a row
+  int32_t group_slices;  // 2^28 if the row is the group
+  int32_t record_bytes;  // of 64 rows
+  int32_t zeros;         // bytes before the zero points of a record; -1 if there are none
+  int32_t x_aligned;     // rows of x start at multiples of 16 bytes
   FpxScale scale;
   float fold;  // group scales are multiplied by it
 

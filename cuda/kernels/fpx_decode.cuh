@@ -176,7 +176,7 @@ struct DecodeCodebook {
       const uint32_t last = ptx::select_bytes(0x0000ff00u, 0, upper >> (16 * half));
 #pragma unroll
       for (int term = 0; term < kTerms; ++term) {
-        const uint32_t(&table)[8] = args_.table[term];
+        const uint32_t (&table)[8] = args_.table[term];
         const uint32_t lows = (ptx::select_bytes(table[0], table[1], index) & ~last) |
                               (ptx::select_bytes(table[2], table[3], index) & last);
         const uint32_t highs = (ptx::select_bytes(table[4], table[5], index) & ~last) |
@@ -200,7 +200,8 @@ __device__ __forceinline__ void decode(const Decoder& decoder, const uint32_t (&
   } else {
     uint32_t pair[1];
     [&]<int... kOperand>(std::integer_sequence<int, kOperand...>) {
-      ((decoder.template pair<4 * kSlice + kOperand>(words, zero[kOperand % 2], pair), out[0][kOperand] = pair[0]), ...);
+      ((decoder.template pair<4 * kSlice + kOperand>(words, zero[kOperand % 2], pair), out[0][kOperand] = pair[0]),
+       ...);
     }(std::make_integer_sequence<int, 4>());
   }
 }

@@ -5,15 +5,15 @@
 #include "kernels/fpx_linear.cuh"
 
 // Activation type as a type and as the host names it, element as the host names it, tile, its rows of x, decoder.
-#define NG_FPX_KERNEL(X, x_name, element, tile, rows, ...)                                                      \
+#define NG_FPX_KERNEL(X, x_name, element, tile, rows, ...)                                                     \
   extern "C" __global__ void __launch_bounds__(ng::cuda::kTiles[tile].threads(),                               \
                                                ng::cuda::kTiles[tile].resident(ng::cuda::__VA_ARGS__::kTerms)) \
       fpx_linear_##x_name##_##element##_m##rows(const __grid_constant__ ng::cuda::FpxArgs args) {              \
     ng::cuda::fpx_linear<ng::cuda::__VA_ARGS__, ng::cuda::X, tile>(args);                                      \
   }
 
-#define NG_FPX_TILES(X, x_name, element, ...)          \
-  NG_FPX_KERNEL(X, x_name, element, 0, 8, __VA_ARGS__) \
+#define NG_FPX_TILES(X, x_name, element, ...)           \
+  NG_FPX_KERNEL(X, x_name, element, 0, 8, __VA_ARGS__)  \
   NG_FPX_KERNEL(X, x_name, element, 1, 64, __VA_ARGS__) \
   NG_FPX_KERNEL(X, x_name, element, 2, 128, __VA_ARGS__)
 

@@ -80,7 +80,7 @@ class FpxLinear {
   static constexpr int kPitch = kTile.sum_pitch();
   static constexpr int kWarpRows = kBlocks * 16;
   static constexpr int kLaneRows = kBlocks * 2;
-  static constexpr int kScratch = kTile.threads() / 32 * kRecordSlots * kWarpRows;
+  static constexpr int kScratch = kTile.scratch_bytes() / 4;
   static constexpr int kBlockThreads = kTile.threads();
 
   __device__ __forceinline__ FpxLinear(const FpxArgs& args, uint8_t* shared, float* scratch)
@@ -214,8 +214,8 @@ class FpxLinear {
     if (args_.scale == FpxScale::e8m0) {  // 2^(code - 127), 255 is NaN
       return __uint_as_float(code == 0 ? 0x00400000u : code == 255 ? 0x7fc00000u : code << 23);
     }
-    const float magnitude = (code & 0x7f) == 0x7f ? __uint_as_float(0x7fc00000u)
-                                                  : __uint_as_float((code & 0x7f) << 20) * 0x1p120f;
+    const float magnitude =
+        (code & 0x7f) == 0x7f ? __uint_as_float(0x7fc00000u) : __uint_as_float((code & 0x7f) << 20) * 0x1p120f;
     return (code & 0x80) != 0 ? -magnitude : magnitude;
   }
 
@@ -223,7 +223,7 @@ class FpxLinear {
   // those of its rows, into memory of its own.
   __device__ __forceinline__ void decode_scales(const uint8_t* stage) {
     if (args_.scale == FpxScale::row) return;
-    __syncwarp();
+    // What was there has been read: before sync() that let the stage arrive.
 #pragma unroll 1
     for (; scale_start_ < kStageSlices && scale_group_ < args_.groups;
          scale_start_ += args_.group_slices, ++scale_group_) {
@@ -331,8 +331,7 @@ class FpxLinear {
       for (int tile = 0; tile < kXTiles; tile += 2) {
         const int row = (tile + lane_ / 16) * 8 + lane_ % 8;
         uint32_t out[4];
-        ptx::load_matrices(
-            out, ptx::shared_address(x + row * 128 + ((2 * kSlice + lane_ / 8 % 2) ^ lane_ % 8) * 16));
+        ptx::load_matrices(out, ptx::shared_address(x + row * 128 + ((2 * kSlice + lane_ / 8 % 2) ^ lane_ % 8) * 16));
         set_x<0>(tile, out[0], out[1]);
         set_x<0>(tile + 1, out[2], out[3]);
       }
@@ -456,7 +455,6 @@ class FpxLinear {
       }
       end_chain();
     }
-    ptx::wait_copies<0>();
   }
 
   // Sums of the teams meet in shared memory and leave it in rows.

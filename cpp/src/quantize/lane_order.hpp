@@ -40,7 +40,7 @@ struct Pieces {
   Piece piece[8];
 };
 
-constexpr int whole_codes(int bits) { return 16 / bits; }         // of a half
+constexpr int whole_codes(int bits) { return 16 / bits; }            // of a half
 constexpr int left_over(int bits) { return 16 - 16 / bits * bits; }  // bits of a half, and pairs that are cut up
 
 // The pieces of a pair's codes.

@@ -274,18 +274,20 @@ class Result:
 
 def run(
     program: simgpu.Program, kernel: str, matrix: Matrix, x: np.ndarray, tile: int, splits: int = 1,
-    bias: np.ndarray | None = None, y_type: type | None = None, reduce: str = "fpx_reduce", **options: object,
+    bias: np.ndarray | None = None, y_type: type | None = None, reducer: simgpu.Program | None = None, x_skew: int = 0, **options: object,
 ) -> Result:  # fmt: skip
     e, (n, k), m = matrix.element, matrix.shape, x.shape[0]
     bf16 = x.dtype == BF16 or e.is_wide()
     device = simgpu.Device(64 << 20)
     codes, records = pack_codes(matrix), pack_records(matrix)
     y = device.empty((m, n), y_type or x.dtype)
-    args = Args(x=device.array(x, readonly=True).ptr, x_stride=k, k=k, stages=-(-k // 64), tiles=-(-n // 64))
+    elements = np.concatenate([np.zeros(x_skew, x.dtype), x.ravel()])  # x starts x_skew elements behind an alignment
+    x_pointer = device.array(elements, readonly=True).ptr + x_skew * x.itemsize
+    args = Args(x=x_pointer, x_stride=k, k=k, stages=-(-k // 64), tiles=-(-n // 64))
     args.codes, args.groups = device.array(codes, readonly=True).ptr, matrix.scales.shape[1]
     args.group_slices = matrix.group // 16 or 1 << 28
     args.quantum = math.lcm(4, matrix.group // 16) // 4 if matrix.group else 1
-    args.x_aligned, args.scale = int(k % 8 == 0), SCALES.index(matrix.kind) if matrix.group else 0
+    args.x_aligned, args.scale = int(k % 8 == 0 and x_skew == 0), SCALES.index(matrix.kind) if matrix.group else 0
     args.zeros = -1 if matrix.zeros is None else matrix.scales.itemsize * 64 if matrix.group else 0
     if records.size:
         args.records, args.record_bytes = device.array(records, readonly=True).ptr, records.shape[2]
@@ -312,7 +314,8 @@ def run(
     launches = [program.launch(kernel, grid, warps * teams * 32, [bytes(args)], device, shared=shared, **options)]
     if splits > 1:
         reduction = ReduceArgs(partial=partial.ptr, splits=splits, out=out)
-        launches.append(program.launch(reduce, (-(-n // 256), m), 256, [bytes(reduction)], device))
+        reduce = (reducer or program).launch
+        launches.append(reduce("fpx_reduce", (-(-n // 256), m), 256, [bytes(reduction)], device))
     return Result(launches, y.get(), codes.size, records.size)
 
 
