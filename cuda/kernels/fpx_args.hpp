@@ -26,7 +26,10 @@ struct FpxTile {
   int teams;
   int stages;
   // Blocks that the registers of a multiprocessor must have room for, where weights are sums of so many terms.
-  constexpr int resident(int terms) const { return teams == 1 ? 1 : terms > 2 ? 2 : 3; }
+  constexpr int resident(int terms) const {
+    const int room = terms > 1 || x_rows > 8 ? 2 : 3;
+    return teams == 1 || (terms > 2 && x_rows > 8) ? 1 : room;
+  }
   constexpr int threads() const { return warps * teams * 32; }
   constexpr int weight_rows() const { return warps * blocks * 16; }
   // Of static shared memory: scales of the rows of each warp.
@@ -43,8 +46,8 @@ struct FpxTile {
     return staged > sums ? staged : sums;
   }
 };
-inline constexpr FpxTile kTiles[] = {{8, 4, 1, 4, 3}, {64, 2, 8, 1, 3}, {128, 1, 8, 1, 3}};
-inline constexpr int kTileCount = 3;
+inline constexpr FpxTile kTiles[] = {{8, 4, 1, 4, 3}, {16, 4, 1, 4, 3}, {64, 2, 8, 1, 3}, {128, 1, 8, 1, 3}};
+inline constexpr int kTileCount = 4;
 
 // Where results go, and what is done to sums on the way.
 struct FpxOutput {

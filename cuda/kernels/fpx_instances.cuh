@@ -14,9 +14,15 @@
 
 #define NG_FPX_TILES(X, x_name, element, ...)           \
   NG_FPX_KERNEL(X, x_name, element, 0, 8, __VA_ARGS__)  \
-  NG_FPX_KERNEL(X, x_name, element, 1, 64, __VA_ARGS__) \
-  NG_FPX_KERNEL(X, x_name, element, 2, 128, __VA_ARGS__)
+  NG_FPX_KERNEL(X, x_name, element, 1, 16, __VA_ARGS__) \
+  NG_FPX_KERNEL(X, x_name, element, 2, 64, __VA_ARGS__) \
+  NG_FPX_KERNEL(X, x_name, element, 3, 128, __VA_ARGS__)
 
 #define NG_FPX_FP(X, x_name, bits) NG_FPX_TILES(X, x_name, fp##bits, DecodeFp<ng::cuda::X, bits>)
 #define NG_FPX_INT(X, x_name, bits) NG_FPX_TILES(X, x_name, int##bits, DecodeInt<ng::cuda::X, bits>)
 #define NG_FPX_NF4(X, x_name) NG_FPX_TILES(X, x_name, nf4, DecodeCodebook<ng::cuda::X>)
+
+#define NG_FPX_REDUCE()                                                                                                \
+  extern "C" __global__ void __launch_bounds__(256) fpx_reduce(const __grid_constant__ ng::cuda::FpxReduceArgs args) { \
+    ng::cuda::fpx_reduce(args);                                                                                        \
+  }

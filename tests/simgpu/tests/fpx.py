@@ -13,13 +13,20 @@ import numpy as np
 import simgpu
 
 BF16 = ml_dtypes.bfloat16
-TILES = {8: (4, 1, 4, 3), 64: (2, 8, 1, 3), 128: (1, 8, 1, 3)}  # rows of x: row blocks, warps, teams, stages
+TILES = {
+    8: (4, 1, 4, 3),
+    16: (4, 1, 4, 3),
+    64: (2, 8, 1, 3),
+    128: (1, 8, 1, 3),
+}  # rows of x: row blocks, warps, teams, stages
 SCALES = ("row", "fp16", "bf16", "fp32", "e8m0", "e4m3")
 REALS = {"float16": 0, "bfloat16": 1, "float32": 2}
 NF4 = np.float32(
-    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334]
-    + [-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224]
-    + [0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
+    [
+        *(-1, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+        *(-0.18477343022823334, -0.09105003625154495, 0, 0.07958029955625534, 0.16093020141124725),
+        *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1),
+    ]
 )
 
 
@@ -273,9 +280,19 @@ class Result:
 
 
 def run(
-    program: simgpu.Program, kernel: str, matrix: Matrix, x: np.ndarray, tile: int, splits: int = 1,
-    bias: np.ndarray | None = None, y_type: type | None = None, reducer: simgpu.Program | None = None, x_skew: int = 0, **options: object,
-) -> Result:  # fmt: skip
+    program: simgpu.Program,
+    kernel: str,
+    matrix: Matrix,
+    x: np.ndarray,
+    tile: int,
+    *,
+    splits: int = 1,
+    bias: np.ndarray | None = None,
+    y_type: type | None = None,
+    reducer: simgpu.Program | None = None,
+    x_skew: int = 0,
+    **options: object,
+) -> Result:
     e, (n, k), m = matrix.element, matrix.shape, x.shape[0]
     bf16 = x.dtype == BF16 or e.is_wide()
     device = simgpu.Device(64 << 20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,32 +14,53 @@ from fpx import BF16, TILES, Matrix, Result, encode_scales, errors, random_matri
 
 ROOT = Path(__file__).parents[3]
 FLAGS = ["-std=c++20", "-O3", f"-I{ROOT}/cpp/src", f"-I{ROOT}/cuda"]
+X_TYPES = {"f16": "F16", "bf16": "Bf16", "f16_wide": "F16Wide"}
 Multiply = Callable[..., Result]
 
 
+class Programs:
+    """Kernels by their names, each compiled by itself when it is first needed: an image of all takes minutes."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, simgpu.Program] = {}
+
+    def __call__(self, name: str) -> simgpu.Program:
+        if name not in self.known:
+            self.known[name] = simgpu.compile_text(
+                f'#include "kernels/fpx_instances.cuh"\n{_source(name)}', "sm_80", FLAGS
+            )
+        return self.known[name]
+
+
+def _source(name: str) -> str:
+    if name == "fpx_reduce":
+        return "NG_FPX_REDUCE()"
+    x, kind, bits, rows = re.fullmatch(r"fpx_linear_(\w+)_(fp|int|nf)(\d)_m(\d+)", name).groups()
+    decoder = {"fp": f"DecodeFp<ng::cuda::{X_TYPES[x]}, {bits}>", "int": f"DecodeInt<ng::cuda::{X_TYPES[x]}, {bits}>"}
+    decoder["nf"] = f"DecodeCodebook<ng::cuda::{X_TYPES[x]}>"
+    return f"NG_FPX_KERNEL({X_TYPES[x]}, {x}, {kind}{bits}, {list(TILES).index(int(rows))}, {rows}, {decoder[kind]})"
+
+
 @pytest.fixture(scope="session")
-def images() -> Callable[[str], simgpu.Program]:
+def programs() -> Programs:
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not installed")
-    programs: dict[str, simgpu.Program] = {}
+    return Programs()
 
-    def get(name: str) -> simgpu.Program:
-        if name not in programs:
-            programs[name] = simgpu.compile(ROOT / f"cuda/kernels/sm80_fpx_linear_{name}.cu", "sm_80", FLAGS)
-        return programs[name]
 
-    return get
+def kernel_name(matrix: Matrix, x: np.ndarray, tile: int) -> str:
+    e, name = matrix.element, "bf16" if x.dtype == BF16 else "f16"
+    wide = "_wide" if e.is_wide() and name == "f16" else ""
+    kind = {"uint": "int", "nf4": "nf"}.get(e.kind, e.kind)
+    return f"fpx_linear_{name}{wide}_{kind}{e.bits}_m{tile}"
 
 
 @pytest.fixture
-def multiply(images: Callable[[str], simgpu.Program]) -> Multiply:
+def multiply(programs: Programs) -> Multiply:
     def call(matrix: Matrix, x: np.ndarray, tile: int, **options: object) -> Result:
-        e, name = matrix.element, "bf16" if x.dtype == BF16 else "f16"
-        kind = "int" if e.kind == "uint" else e.kind
-        image = "nf4" if kind == "nf4" else f"{kind}_{'bf16' if e.is_wide() else name}"
-        kernel = f"fpx_linear_{name}{'_wide' * (e.is_wide() and name == 'f16')}_{kind}{'' if kind == 'nf4' else e.bits}"
-        reducer = images("nf4") if options.get("splits", 1) != 1 else None
-        return run(images(image), f"{kernel}_m{tile}", matrix, x, tile, reducer=reducer, **options)
+        reducer = programs("fpx_reduce") if options.get("splits", 1) != 1 else None
+        name = kernel_name(matrix, x, tile)
+        return run(programs(name), name, matrix, x, tile, reducer=reducer, **options)
 
     return call
 
@@ -69,15 +91,17 @@ def test_elements(multiply: Multiply, element: str, dtype: type) -> None:
         check(matrix, x, result)
 
 
-SHAPES = [(1, 192, 576, 8), (2, 257, 129, 8), (8, 64, 1024, 8), (9, 70, 136, 64), (17, 257, 129, 64)]
+SHAPES = [(1, 192, 576, 8), (2, 257, 129, 8), (8, 64, 1024, 8), (16, 70, 136, 16), (9, 64, 640, 16), (17, 257, 129, 64)]
 SHAPES += [(64, 256, 192, 64), (65, 130, 144, 128), (129, 192, 80, 128)]
 
 
-@pytest.mark.parametrize("dtype", [np.float16, BF16], ids=["f16", "bf16"])
-@pytest.mark.parametrize(
-    "element, group, kind", [("fp6_e2m3", 128, "fp16"), ("fp4_e2m1", 32, "e8m0"), ("fp4_e2m1", 16, "e4m3")]
-    + [("uint4", 64, "bf16"), ("int8", 0, "row"), ("nf4", 64, "fp32"), ("fp8_e4m3", 0, "row"), ("uint3", 0, "row")]
-)  # fmt: skip
+FORMATS = [
+    ("fp6_e2m3", 128, "fp16", np.float16), ("fp6_e3m2", 32, "e8m0", BF16), ("fp4_e2m1", 16, "e4m3", np.float16),
+    ("uint4", 64, "bf16", BF16), ("int8", 0, "row", np.float16), ("nf4", 64, "fp32", BF16), ("uint3", 0, "row", BF16),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("element, group, kind, dtype", FORMATS)
 def test_shapes(multiply: Multiply, element: str, group: int, kind: str, dtype: type) -> None:
     rng = np.random.default_rng(len(element) + group)
     for m, n, k, tile in SHAPES:
@@ -147,15 +171,14 @@ def test_planted_faults(multiply: Multiply) -> None:
         assert errors(wrong, x, y).max() > 1, fault
 
 
-@pytest.mark.parametrize("dtype", [np.float16, BF16], ids=["f16", "bf16"])
 @pytest.mark.parametrize("element, group, kind", [("fp6_e2m3", 128, "fp16"), ("uint4", 64, "fp16"), ("nf4", 0, "row")])
-@pytest.mark.parametrize("m, tile", [(8, 8), (64, 64), (128, 128)])
+@pytest.mark.parametrize("m, tile, dtype", [(8, 8, np.float16), (8, 8, BF16), (64, 64, np.float16), (128, 128, BF16)])
 def test_cost(multiply: Multiply, element: str, group: int, kind: str, dtype: type, m: int, tile: int) -> None:
     """Packed bytes are read once, in full sectors; no bank conflicts; no multiplication in vain; few instructions."""
     rng = np.random.default_rng(6)
     rows, (blocks, warps, _, _) = 256, TILES[tile]
     counts = []
-    for k in (1024, 2048):  # the difference is what the loop costs
+    for k in (1024, 1536):  # the difference is what the loop costs
         matrix, x = random_matrix(rng, element, group, kind, rows, k), activations(rng, m, k, dtype)
         result = multiply(matrix, x, tile, race=False)
         launch, weights = result.launches[0], rows * k
@@ -167,16 +190,16 @@ def test_cost(multiply: Multiply, element: str, group: int, kind: str, dtype: ty
         terms = 1 if element != "nf4" else 3 if dtype == BF16 else 2
         assert launch.totals["mma"] == terms * weights // 256 * (tile // 8)
         counts.append(launch.totals["thread_instructions"])
-    per_weight = (counts[1] - counts[0]) / (rows * 1024)
+    per_weight = (counts[1] - counts[0]) / (rows * 512)
     print(f"\n{element}:{group}:{kind} {np.dtype(dtype).name} m{tile}: {per_weight:.2f} PTX instructions a weight")
-    assert per_weight < LIMITS[element, tile]
+    assert per_weight < LIMITS[element, tile][dtype == BF16]
 
 
-# PTX instructions a weight, in the loop, all that is not decoding included.
+# PTX instructions a weight in the loop, all that is not decoding included; bf16 takes the second.
 LIMITS = {
-    ("fp6_e2m3", 8): 6.0, ("fp6_e2m3", 64): 9.0, ("fp6_e2m3", 128): 14.0,
-    ("uint4", 8): 5.0, ("uint4", 64): 8.0, ("uint4", 128): 13.0,
-    ("nf4", 8): 8.0, ("nf4", 64): 12.0, ("nf4", 128): 18.0,
+    ("fp6_e2m3", 8): (5.2, 6.0), ("fp6_e2m3", 64): (11.0, 12.0), ("fp6_e2m3", 128): (21.5, 22.5),
+    ("uint4", 8): (5.5, 5.6), ("uint4", 64): (14.0, 14.2), ("uint4", 128): (28.5, 28.8),
+    ("nf4", 8): (10.3, 13.8), ("nf4", 64): (15.2, 19.8), ("nf4", 128): (26.0, 32.0),
 }  # fmt: skip
 
 
@@ -191,24 +214,20 @@ def test_misaligned_activations(multiply: Multiply) -> None:
         assert np.array_equal(aligned.y, skewed.y)
 
 
-def test_every_synchronisation_is_needed() -> None:
+@pytest.mark.parametrize("tile", [8, 64])
+def test_every_synchronisation_is_needed(programs: Programs, tile: int) -> None:
     """Dropping any barrier or wait of a kernel is noticed."""
-    if shutil.which("nvcc") is None:
-        pytest.skip("nvcc is not installed")
     rng = np.random.default_rng(8)
-    matrix, x = random_matrix(rng, "uint4", 32, "fp16", 64, 2048), activations(rng, 8, 2048, np.float16)
-    for index, tile in ((0, 8), (1, 64)):
-        text = f'#include "kernels/fpx_instances.cuh"\nNG_FPX_KERNEL(F16, f16, int4, {index}, {tile}, DecodeInt<ng::cuda::F16, 4>)'
-        program = simgpu.compile_text(text, "sm_80", FLAGS)
-        kernel = program.find("fpx_linear")
-        kept, seen = [], 0
-        for copies, mutant in simgpu.sync_mutants(program.module, kernel):
-            seen += 1
-            try:
-                result = run(simgpu.Program(mutant), kernel.name, matrix, x, tile)
-            except simgpu.SimError:
-                continue
-            if not result.launches[0].hazards:
-                kept.append((copies[0].text, copies[0].source))
-        assert seen >= 3
-        assert not kept, kept
+    matrix, x = random_matrix(rng, "uint4", 32, "fp16", 64, 1536), activations(rng, 8, 1536, np.float16)
+    name = kernel_name(matrix, x, tile)
+    program, kept, seen = programs(name), [], 0
+    for copies, mutant in simgpu.sync_mutants(program.module, program.find(name)):
+        seen += 1
+        try:
+            result = run(simgpu.Program(mutant), name, matrix, x, tile)
+        except simgpu.SimError:
+            continue
+        if not result.launches[0].hazards:
+            kept.append((copies[0].text, copies[0].source))
+    assert seen >= 3
+    assert not kept, kept
