@@ -12,7 +12,7 @@ inline constexpr int kSliceCols = 16;
 inline constexpr int kStageSlices = kStageCols / kSliceCols;
 inline constexpr int kTileRows = 64;
 inline constexpr int kRecordSlots = 4;  // groups that can start in a stage
-inline constexpr int kChainSlices = 16;
+inline constexpr int kChainSlices = 8;  // that Tensor Cores add up at most (fpx_linear.cuh)
 
 enum class FpxReal : int32_t { f16, bf16, f32 };
 enum class FpxScale : int32_t { row, f16, bf16, f32, e8m0, e4m3 };

@@ -4,10 +4,10 @@
 // up to a power of two that the host folds into scales and results:
 //
 //   fp, f16    The magnitude's bits stand where an fp16 number has exponent and mantissa, so they are value *
-//              2^(bias - 15): exact, subnormal where the element has more than 15 - bias... binades below one, which
-//              Tensor Cores multiply exactly. No multiply is needed. Products with fp16 numbers are at least 2^-48 and
-//              sums below 2^48: fp32 neither under- nor overflows. Elements of 5 exponent bits without special codes,
-//              and of more, do not fit; their activations are split into bf16 numbers.
+//              2^(bias - 15), without a multiplication. The smallest values are fp16 subnormals, which Tensor Cores
+//              multiply exactly. Products with fp16 numbers are at least 2^-48, and sums of them below 2^63: nothing
+//              under- or overflows in fp32. Elements of more than 5 exponent bits do not fit, nor those of 5 whose
+//              largest exponent is not special, since it is fp16's Inf: their activations are split into bf16 numbers.
 //   fp, bf16   likewise value * 2^(bias - 127), which products would push below fp32's range: one multiplication by a
 //              power of two a pair, exact, makes it the value.
 //   int, f16   The code's bits are an fp16 subnormal, code * 2^-24, and so is the difference from the zero point.

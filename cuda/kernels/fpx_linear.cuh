@@ -8,10 +8,11 @@
 //
 // Scales never touch weights: a group's sums are multiplied by its scale in fp32 as they are added to the total. So
 // weights are exact, and a scale costs at most 4 fma for 16 x 16 weights and 8 rows of x, once a group. Sums of more
-// than kChainSlices slices are cut as if the group ended: Tensor Cores truncate when they add, and 16 truncations of
-// 2^-23 with K/256 roundings of 2^-24 stay below the 16 + K/16 roundings of linear.hpp. Group scales are multiplied by
-// the decoder's power of two (`fold`) in fp32; what overflows there is taken as the largest float, which only scales
-// above 2^103 do. Scales of rows, and the decoder's power with them, are applied to the result, one after the other.
+// than kChainSlices slices are cut as if the group ended: Tensor Cores truncate when they add, perhaps twice in an
+// instruction, which over 8 slices of growing sums is at most 9 * 2^-23 of the last one; that and the roundings of the
+// total, K/128 or one a group, stay below the 16 + K/16 roundings of linear.hpp. Group scales are multiplied by the
+// decoder's power of two (`fold`) in fp32; what overflows there is taken as the largest float, which only scales above
+// 2^103 do. Scales of rows, and the decoder's power with them, are applied to the result, one after the other.
 //
 // The ranges of blocks in z are added by fpx_reduce, in their order, from a workspace: the same bits every time.
 #pragma once

@@ -2,6 +2,7 @@
 // and the kernels together. All elements are tested through the kernels alone (tests/simgpu/tests/test_fpx_linear.py).
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <memory>
 #include <random>
 #include <string>
@@ -81,7 +82,7 @@ class CudaLinearTest : public ::testing::Test {
     return values;
   }
 
-  // Multiplies m rows of x by a random matrix, and checks every element; planted: whether one code is wrong.
+  // Multiplies m rows of x by a random matrix, and checks every element.
   void run(const std::string& name, int64_t m, int64_t n, int64_t k, DType x_type, DType y_type, bool with_bias) {
     SCOPED_TRACE(name + " " + std::to_string(m) + " x " + std::to_string(n) + " x " + std::to_string(k));
     next_ = memory_->data();
@@ -151,6 +152,39 @@ TEST_F(CudaLinearTest, RangesOfColumnsAreAddedInOrder) {
   const Format format = Format::parse("nf4:g64:fp16");
   ASSERT_GT(linear_workspace_bytes(2, format, 64, 4096, 0), 0);
   run("nf4:g64:fp16", 2, 64, 4096, DType::f16, DType::f32, true);
+}
+
+TEST_F(CudaLinearTest, RowsWithSpecialCodesGiveNan) {
+  for (const char* element : {"fp8_e4m3", "fp8_e5m2"}) {
+    for (const DType dtype : {DType::f16, DType::bf16}) {
+      next_ = memory_->data();
+      Matrix matrix = test::random_matrix(Format::parse(std::string(element) + ":g32:fp16"), 70, 100, random_);
+      matrix.set_code(66, 99, 0x7f);
+      const TensorView x(put(as_bytes(normal(2 * 100), dtype)), dtype, {2, 100});
+      const TensorView y(reserve(2 * 70 * 4), DType::f32, {2, 70});
+      linear(x, put(matrix), nullptr, y, nullptr, *stream_);
+      const std::vector<std::byte> bytes = CudaMemory::download(static_cast<std::byte*>(y.data), 2 * 70 * 4, *stream_);
+      stream_->synchronize();
+      for (size_t i = 0; i < 140; ++i) EXPECT_EQ(std::isnan(as_float(&bytes[4 * i], DType::f32)), i % 70 == 66) << i;
+    }
+  }
+}
+
+TEST_F(CudaLinearTest, SameBitsEveryTime) {
+  const Format format = Format::parse("fp6");
+  Matrix matrix = test::random_matrix(format, 64, 4096, random_);
+  const PackedView weights = put(matrix);
+  const TensorView x(put(as_bytes(normal(4096), DType::f16)), DType::f16, {1, 4096});
+  void* workspace = reserve(static_cast<size_t>(linear_workspace_bytes(1, format, 64, 4096, 0)));
+  std::vector<std::byte> first;
+  for (int i = 0; i < 2; ++i) {
+    const TensorView y(reserve(64 * 4), DType::f32, {1, 64});
+    linear(x, weights, nullptr, y, workspace, *stream_);
+    const std::vector<std::byte> bytes = CudaMemory::download(static_cast<std::byte*>(y.data), 64 * 4, *stream_);
+    stream_->synchronize();
+    if (i == 0) first = bytes;
+    EXPECT_EQ(bytes, first);
+  }
 }
 
 TEST_F(CudaLinearTest, EmptyProducts) {

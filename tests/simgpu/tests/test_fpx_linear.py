@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simgpu
+import simgpu.static
 from fpx import BF16, TILES, Matrix, Result, encode_scales, errors, random_matrix, run
 
 ROOT = Path(__file__).parents[3]
@@ -212,6 +213,22 @@ def test_misaligned_activations(multiply: Multiply) -> None:
         skewed = multiply(matrix, x, tile, y_type=np.float32, x_skew=1)
         check(matrix, x, skewed)
         assert np.array_equal(aligned.y, skewed.y)
+
+
+@pytest.mark.parametrize("x, element", [("f16", "fp6"), ("bf16", "int8"), ("bf16", "nf4"), ("f16_wide", "fp8")])
+@pytest.mark.parametrize("tile", TILES)
+def test_registers(programs: Programs, tmp_path: Path, tile: int, x: str, element: str) -> None:
+    """No spills, no local memory, and room for as many blocks as fpx_args.hpp says."""
+    if shutil.which("ptxas") is None:
+        pytest.skip("ptxas is not installed")
+    name = f"fpx_linear_{x}_{element}_m{tile}"
+    path = tmp_path / "kernel.ptx"
+    path.write_text(programs(name).module.text)
+    used = simgpu.static.resources(path)[name]
+    assert (used.spill_stores, used.spill_loads, used.stack) == (0, 0, 0)
+    threads = TILES[tile][1] * TILES[tile][2] * 32
+    resident = 1 if tile > 16 or (name.count("bf16_nf4") and tile > 8) else 2 if tile == 16 or "nf4" in name else 3
+    assert simgpu.static.occupancy("sm_80", threads, used.registers, used.shared).blocks >= resident
 
 
 @pytest.mark.parametrize("tile", [8, 64])
