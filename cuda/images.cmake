@@ -36,22 +36,25 @@ function(add_image name)
   set(IMAGE_PTX "")
   set(IMAGE_CUBINS "")
   if(NARROWGAUGE_NVCC)
-    # -lineinfo: the simulated GPU names the line of the .cu.
+    # Lines let the simulated GPU name those of the .cu, and are half of the PTX: not in what is shipped.
+    set(lines "")
+    if(NARROWGAUGE_PTX_ONLY)
+      set(lines -lineinfo)
+    endif()
     add_custom_command(OUTPUT ${out}.ptx
-      COMMAND ${NARROWGAUGE_NVCC} ${nvcc_options} -lineinfo -ptx -arch=compute_${ptx} -MD -MF ${out}.ptx.d
+      COMMAND ${NARROWGAUGE_NVCC} ${nvcc_options} ${lines} -ptx -arch=compute_${ptx} -MD -MF ${out}.ptx.d
               -o ${out}.ptx ${source}
       DEPENDS ${source} DEPFILE ${out}.ptx.d VERBATIM COMMENT "Compiling ${name} to PTX")
     list(APPEND parts ${out}.ptx)
     set(IMAGE_PTX ".incbin \"${out}.ptx\"")
     if(cubins)
-      set(codes "")
-      foreach(cubin IN LISTS cubins)
-        list(APPEND codes -gencode=arch=compute_${cubin},code=sm_${cubin})
-      endforeach()
-      # Two at a time: nvcc compiles the architectures one after the other otherwise.
+      # The code of all is made from the same PTX, since the kernels use nothing newer: the compiler's first half, which
+      # takes the longest, runs once. Two of the second halves at a time.
+      list(TRANSFORM cubins PREPEND sm_ OUTPUT_VARIABLE codes)
+      list(JOIN codes "," codes)
       add_custom_command(OUTPUT ${out}.fatbin
-        COMMAND ${NARROWGAUGE_NVCC} ${nvcc_options} --threads 2 --compress-mode=size -fatbin ${codes} -MD
-                -MF ${out}.fatbin.d -o ${out}.fatbin ${source}
+        COMMAND ${NARROWGAUGE_NVCC} ${nvcc_options} --threads 2 --compress-mode=size -fatbin
+                -gencode=arch=compute_${ptx},code=[${codes}] -MD -MF ${out}.fatbin.d -o ${out}.fatbin ${source}
         DEPENDS ${source} DEPFILE ${out}.fatbin.d VERBATIM COMMENT "Compiling ${name} to cubins")
       list(APPEND parts ${out}.fatbin)
       set(IMAGE_CUBINS ".incbin \"${out}.fatbin\"")

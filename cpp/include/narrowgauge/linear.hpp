@@ -1,4 +1,4 @@
-// linear: y = x @ w.T + b with narrow weights, on the CPU.
+// linear: y = x @ w.T + b with narrow weights, on the CPU and on GPUs.
 //
 // x [.., K], w a packed matrix [N, K], y [.., N]. Weights are decoded in registers next to the arithmetic; no
 // dequantised copy of the matrix is made. Accumulation is fp32 with the activations exactly as given, whatever
@@ -10,6 +10,7 @@
 
 #include "narrowgauge/executor.hpp"
 #include "narrowgauge/quantize.hpp"
+#include "narrowgauge/stream.hpp"
 #include "narrowgauge/tensor.hpp"
 
 namespace ng {
@@ -19,6 +20,18 @@ namespace ng {
 // overlap. Scratch of the calling thread is kept for the next call: at most 96 x K floats.
 void linear(const TensorView& x, const PackedView& weights, const TensorView* bias, const TensorView& y,
             Executor& executor);
+
+// On the stream's device, by Tensor Cores; within the same bound. All pointers are memory of that device: x (f16 or
+// bf16) and y, weights that pack_cuda made (aligned to 128 bytes), bias, and the workspace of linear_workspace_bytes()
+// for the same shapes, null where that is 0; its contents do not matter, and calls on one stream may share it. The same
+// bits every time. Nothing is allocated and nothing waits, so that it may be captured into a graph, once a first call
+// with this Format has loaded its kernels. A row of weights with a NaN or Inf code gives NaN; where a group's scale is
+// above 2^103 and activations are f16, it is taken as the largest float over 2^24. Throws InvalidArgument, CudaError.
+void linear(const TensorView& x, const PackedView& weights, const TensorView* bias, const TensorView& y,
+            void* workspace, const Stream& stream);
+
+// Bytes for `rows` rows of x on cuda:`device`. Throws CudaError, InvalidArgument.
+int64_t linear_workspace_bytes(int64_t rows, const Format& format, int64_t n, int64_t k, int device);
 
 // dx = dy @ w, the gradient for x: dy [.., N] -> dx [.., K]; types as above.
 void linear_backward_input(const TensorView& dy, const PackedView& weights, const TensorView& dx, Executor& executor);

@@ -120,7 +120,8 @@ def compile(path: str | Path, arch: str = "sm_80", flags: Sequence[str] = (), nv
     """A .cu file; `flags` are more arguments for nvcc."""
     with tempfile.TemporaryDirectory() as directory:
         ptx = Path(directory, "kernel.ptx")
-        command = [nvcc, "-ptx", "-lineinfo", f"-arch={arch}", "-std=c++17", *flags, "-o", str(ptx), str(path)]
+        standard = [] if any(flag.startswith("-std") for flag in flags) else ["-std=c++17"]
+        command = [nvcc, "-ptx", "-lineinfo", f"-arch={arch}", *standard, *flags, "-o", str(ptx), str(path)]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
             raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")

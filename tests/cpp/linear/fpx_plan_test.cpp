@@ -1,0 +1,71 @@
+// Tiles and ranges of columns that products get on devices of different sizes.
+#include "kernels/fpx_plan.hpp"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+
+namespace ng {
+namespace {
+
+using cuda::fpx_plan;
+using cuda::FpxPlan;
+using cuda::kTiles;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+TEST(FpxPlan, TheTileHasAllRowsOfXUpTo128) {
+  const Format format = Format::parse("fp6");
+  for (int64_t m = 1; m <= 300; ++m) {
+    const int rows = kTiles[fpx_plan(m, 4096, 4096, format, 108).tile].x_rows;
+    EXPECT_EQ(rows, m <= 8 ? 8 : m <= 16 ? 16 : m <= 64 ? 64 : 128) << m;
+  }
+}
+
+// Llama-2-70B's layers: most multiprocessors of an A100 have work, and no range is too short.
+TEST(FpxPlan, FillsTheDevice) {
+  const Format format = Format::parse("fp6");
+  for (const auto& [n, k] : {std::pair{10240, 8192}, {8192, 8192}, {57344, 8192}, {8192, 28672}, {1024, 8192}}) {
+    for (const int64_t m : {1, 8, 16, 64, 128, 1024}) {
+      const FpxPlan plan = fpx_plan(m, n, k, format, 108);
+      const auto& tile = kTiles[plan.tile];
+      const int64_t blocks = ceil_div(n, tile.weight_rows()) * ceil_div(m, tile.x_rows) * plan.splits;
+      EXPECT_GE(blocks, std::min<int64_t>(87, ceil_div(k, 64) / tile.teams / 4)) << n << ' ' << k << ' ' << m;
+      EXPECT_GE(ceil_div(k, 64) / (plan.splits * tile.teams), 4) << n << ' ' << k << ' ' << m;
+    }
+  }
+}
+
+TEST(FpxPlan, LargeProductsAreNotSplit) {
+  EXPECT_EQ(fpx_plan(1024, 8192, 8192, Format::parse("fp6"), 108).splits, 1);
+  EXPECT_EQ(fpx_plan(1, 1 << 20, 4096, Format::parse("int4"), 132).splits, 1);
+}
+
+TEST(FpxPlan, SmallProductsAreNotSplit) {
+  EXPECT_EQ(fpx_plan(1, 64, 64, Format::parse("fp6"), 108).splits, 1);
+  EXPECT_EQ(fpx_plan(8, 64, 512, Format::parse("fp6"), 108).splits, 1);
+}
+
+// Ranges start where groups do.
+TEST(FpxPlan, QuantumIsAMultipleOfGroups) {
+  for (int group = 16; group <= 1024; group += 16) {
+    Format format = Format::parse("fp6");
+    format.group = group;
+    const int64_t quantum = cuda::fpx_quantum(format);
+    EXPECT_EQ(quantum * 64 % group, 0);
+    EXPECT_LE(quantum * 64, 4 * group);
+  }
+  EXPECT_EQ(cuda::fpx_quantum(Format::parse("fp8")), 1);
+}
+
+TEST(FpxPlan, IsAFunctionOfItsArguments) {
+  for (int64_t m = 1; m < 200; m += 13) {
+    const FpxPlan a = fpx_plan(m, 4096, 14336, Format::parse("nf4"), 132);
+    const FpxPlan b = fpx_plan(m, 4096, 14336, Format::parse("nf4"), 132);
+    EXPECT_EQ(a.tile, b.tile);
+    EXPECT_EQ(a.splits, b.splits);
+  }
+}
+
+}  // namespace
+}  // namespace ng
