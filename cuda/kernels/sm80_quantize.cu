@@ -107,8 +107,8 @@ struct Scales {
 
 // Codes of a tile whose scales are known.
 template <bool kStochastic>
-__device__ void encode(const QuantizeArgs& args, int64_t row, int tile, uint4* staged, int lane, const Scales& scales,
-                       float (&x)[kLaneElements]) {
+__device__ void encode(const QuantizeArgs& args, int64_t row, int tile, uint4* staged, int lane,
+                       const Scales& scales, float (&x)[kLaneElements]) {
   const Shape& shape = args.shape;
   const Element& element = args.element;
   const int64_t begin = int64_t{tile} * shape.tile_elements;
@@ -138,9 +138,7 @@ __device__ void encode(const QuantizeArgs& args, int64_t row, int tile, uint4* s
     }
   }
   write_stream(element.bits, quad, staged, lane);
-  unstage_codes(staged, n, element.bits,
-                args.out.codes + row * shape.row_bytes + int64_t{tile} * (shape.tile_elements / 8 * element.bits),
-                lane);
+  unstage_codes(staged, n, element.bits, args.out.codes + row * shape.row_bytes + int64_t{tile} * (shape.tile_elements / 8 * element.bits), lane);
   __syncwarp();
 }
 
@@ -151,7 +149,8 @@ __device__ float global_scale(const Arrays& arrays) {
 // --- quantize ------------------------------------------------------------------------------------------------------
 
 template <Source kType, bool kStochastic>
-__device__ void quantize_tile(const QuantizeArgs& args, int64_t row, int tile, uint4* staged, int lane, float global) {
+__device__ void quantize_tile(const QuantizeArgs& args, int64_t row, int tile, uint4* staged, int lane,
+                              float global) {
   const Shape& shape = args.shape;
   const bool zeros = args.out.zeros != nullptr;
   float x[kLaneElements];
@@ -165,8 +164,7 @@ __device__ void quantize_tile(const QuantizeArgs& args, int64_t row, int tile, u
 
   // Lane g makes the scale of group g, and of group 32 + g where groups are single units.
   const int64_t first = row * shape.groups + int64_t{tile} * shape.group_step;
-  const auto groups =
-      static_cast<int>(min(int64_t{shape.tile_groups}, shape.groups - int64_t{tile} * shape.group_step));
+  const auto groups = static_cast<int>(min(int64_t{shape.tile_groups}, shape.groups - int64_t{tile} * shape.group_step));
   Stored stored[2];
   int zero[2] = {};
   bool fast = true;
@@ -215,7 +213,7 @@ __device__ bool find_tile(const Shape& shape, int64_t& row, int& tile) {
 
 template <Source kType, bool kStochastic>
 __device__ void quantize_groups(const QuantizeArgs& args) {
-  __shared__ uint4 staged[kWarps][kPieces < kStochastic ? Source::f32 : kType > ];
+  __shared__ uint4 staged[kWarps][kPieces<kStochastic ? Source::f32 : kType>];
   int64_t row;
   int tile;
   if (!find_tile(args.shape, row, tile)) return;
@@ -236,7 +234,7 @@ __device__ Range block_range(Range range, Range* shared) {
 
 template <Source kType, bool kStochastic>
 __device__ void quantize_rows(const QuantizeArgs& args) {
-  __shared__ uint4 staged[kWarps][kPieces < kStochastic ? Source::f32 : kType > ];
+  __shared__ uint4 staged[kWarps][kPieces<kStochastic ? Source::f32 : kType>];
   __shared__ Range ranges[kWarps];
   const Shape& shape = args.shape;
   const bool zeros = args.out.zeros != nullptr;
@@ -318,8 +316,7 @@ __device__ void decode(const DequantizeArgs& args, const Arrays& from, int64_t r
   const int bits = args.element.bits;
   const bool zeros = from.zeros != nullptr;
   const int64_t first = row * shape.groups + int64_t{tile} * shape.group_step;
-  const auto groups =
-      static_cast<int>(min(int64_t{shape.tile_groups}, shape.groups - int64_t{tile} * shape.group_step));
+  const auto groups = static_cast<int>(min(int64_t{shape.tile_groups}, shape.groups - int64_t{tile} * shape.group_step));
   float scale[2] = {};
   int zero[2] = {};
 #pragma unroll
@@ -329,8 +326,7 @@ __device__ void decode(const DequantizeArgs& args, const Arrays& from, int64_t r
     scale[r] = load_scale(from.scales, first + g, args.scale);
     if (zeros) zero[r] = from.zeros[first + g];
   }
-  stage_codes(from.codes + row * shape.row_bytes + int64_t{tile} * (shape.tile_elements / 8 * bits), n, bits, staged,
-              lane);
+  stage_codes(from.codes + row * shape.row_bytes + int64_t{tile} * (shape.tile_elements / 8 * bits), n, bits, staged, lane);
   uint32_t quad[kQuads];
   read_stream(bits, staged, lane, quad);
   __syncwarp();
@@ -385,15 +381,15 @@ __device__ void dequantize(const DequantizeArgs& args) {
 // --- entries -------------------------------------------------------------------------------------------------------
 
 // Registers of a thread are at most 65536 / (256 * blocks).
-#define NG_KERNEL(name, type, blocks, Arguments, ...)                   \
-  extern "C" __global__ void __launch_bounds__(256, blocks)             \
-      name##_##type(const __grid_constant__ ng::cuda::Arguments args) { \
-    constexpr auto kType = ng::codec::Source::type;                     \
-    ng::cuda::__VA_ARGS__(args);                                        \
+#define NG_KERNEL(name, type, blocks, Arguments, ...)                                                    \
+  extern "C" __global__ void __launch_bounds__(256, blocks)                                              \
+      name##_##type(const __grid_constant__ ng::cuda::Arguments args) {                                  \
+    constexpr auto kType = ng::codec::Source::type;                                                      \
+    ng::cuda::__VA_ARGS__(args);                                                                         \
   }
-#define NG_KERNELS(name, blocks, Arguments, ...)       \
-  NG_KERNEL(name, f32, blocks, Arguments, __VA_ARGS__) \
-  NG_KERNEL(name, f16, blocks, Arguments, __VA_ARGS__) \
+#define NG_KERNELS(name, blocks, Arguments, ...)           \
+  NG_KERNEL(name, f32, blocks, Arguments, __VA_ARGS__)     \
+  NG_KERNEL(name, f16, blocks, Arguments, __VA_ARGS__)     \
   NG_KERNEL(name, bf16, blocks, Arguments, __VA_ARGS__)
 
 NG_KERNELS(quantize_groups, 3, QuantizeArgs, quantize_groups<kType, false>)

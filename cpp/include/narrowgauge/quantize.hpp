@@ -89,8 +89,9 @@ struct QuantizeOptions {
 // weights [.., cols] in f32, f16 or bf16, leading axes flattened to rows; rows dense.
 // pre: out has the matrix's rows and cols and arrays of canonical_bytes().
 void quantize(const TensorView& weights, const CanonicalView& out, const QuantizeOptions& options, Executor& executor);
-// On a device NaN and Inf are found when the kernel runs: a synchronize() of the device then throws the InvalidArgument,
-// and what was written is undefined. Of several matrices since the last one it names one. No ScaleSearch::mse.
+// On a device NaN and Inf are found when the kernel runs: a synchronize() of the device then throws the
+// InvalidArgument, and what was written is undefined. Of several matrices since the last one it names one. No
+// ScaleSearch::mse.
 void quantize(const TensorView& weights, const CanonicalView& out, const QuantizeOptions& options,
               const Stream& stream);
 
@@ -120,8 +121,8 @@ int64_t packed_bytes(const Format& format, int64_t rows, int64_t cols);
 void pack(const CanonicalView& matrix, uint8_t* packed, Executor& executor);
 void unpack(const PackedView& packed, const CanonicalView& out, Executor& executor);
 
-// The packed layout of GPUs (quantize/cuda_layout.hpp), made and read in host memory: the block is copied to a device as
-// it is, aligned to 128 bytes there. A PackedView of it has that address.
+// The packed layout of GPUs (quantize/cuda_layout.hpp), made and read in host memory: the block is copied to a device
+// as it is, aligned to 128 bytes there. A PackedView of it has that address.
 int64_t cuda_packed_bytes(const Format& format, int64_t rows, int64_t cols);
 // unpack_cuda(pack_cuda(x)) == x, bit for bit; every byte of the block is determined by x.
 void pack_cuda(const CanonicalView& matrix, uint8_t* packed, Executor& executor);
