@@ -40,6 +40,17 @@ class CaptureExemption {
   CaptureMode mode_ = CaptureMode::relaxed;
 };
 
+// Calls f(context) with the device's context current, and leaves it at that if something fails: for what is given back.
+// In a child that was forked, and when the driver has gone at the end of the process, there is nothing to give back.
+template <typename F>
+void where_possible(int device, const F& f) noexcept {
+  try {
+    const ContextScope context(device);
+    f(context);
+  } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch)
+  }
+}
+
 // Notes what a device was last asked to run, for the messages of errors that show later. `name` lives for ever.
 void note_kernel(int device, const char* name) noexcept;
 

@@ -24,6 +24,7 @@ using cuda::CaptureExemption;
 using cuda::ContextScope;
 using cuda::DevicePtr;
 using cuda::Result;
+using cuda::where_possible;
 
 namespace {
 
@@ -57,12 +58,7 @@ class DeviceSpace {
   }
 
   ~DeviceSpace() {
-    try {
-      const ContextScope context(device_);
-      context->cuMemAddressFree(begin_, bytes_);
-    } catch (const Error&) {
-      // A forked child, or the driver has gone: it took the addresses along.
-    }
+    where_possible(device_, [&](const ContextScope& context) { context->cuMemAddressFree(begin_, bytes_); });
   }
 
   DeviceSpace(const DeviceSpace&) = delete;
@@ -97,13 +93,10 @@ class DeviceSpace {
 
   // pre: no work uses the memory.
   void unmap(size_t offset, size_t bytes) const noexcept {
-    try {
-      const ContextScope context(device_);
+    where_possible(device_, [&](const ContextScope& context) {
       const CaptureExemption exemption(context.driver());
       for (size_t at = 0; at < bytes; at += granule_) context->cuMemUnmap(begin_ + offset + at, granule_);
-    } catch (const Error&) {
-      // As above.
-    }
+    });
   }
 
  private:
@@ -142,15 +135,12 @@ class DevicePool::Impl final : private DeviceSpace, public SleepingEngine {
                         .separate_arenas = false}) {}
 
   ~Impl() {
-    try {
-      const ContextScope context(device());
+    where_possible(device(), [&](const ContextScope&) {
       const std::lock_guard lock(mutex_);
       if (state_ != State::awake) return;
       settle();
       for (const Extent arena : extents(false)) unmap(arena.offset, arena.bytes);
-    } catch (const Error&) {
-      // As for addresses; after an error of the device its memory is gone with the context.
-    }
+    });
   }
 
   Impl(const Impl&) = delete;
@@ -183,8 +173,8 @@ class DevicePool::Impl final : private DeviceSpace, public SleepingEngine {
   void deallocate_for(size_t offset, size_t bytes, const Stream& stream) noexcept {
     const std::optional<Run> run = release(offset, bytes);
     if (!run) return;
-    try {
-      const ContextScope context(device());
+    // If this fails, nobody knows when the block could be used again: it stays taken.
+    where_possible(device(), [&](const ContextScope& context) {
       const bool capturing = stream.is_capturing();
       const unsigned long long id = id_of(context, stream);
       const std::lock_guard lock(mutex_);
@@ -196,9 +186,7 @@ class DevicePool::Impl final : private DeviceSpace, public SleepingEngine {
       Lane::Frees& frees = lane_of(id).open;
       frees.event.record(stream);
       blocks_.deallocate(run->first, run->units, frees.set);
-    } catch (const std::exception&) {
-      // Nobody knows when the block could be used again: it stays taken.
-    }
+    });
   }
 
   // What must be done before the pool may sleep.
@@ -288,8 +276,7 @@ class DevicePool::Impl final : private DeviceSpace, public SleepingEngine {
   // Makes everybody's what all work has passed. Never waits.
   void reclaim() noexcept override {
     if (lanes_.empty()) return;
-    try {
-      const ContextScope context(device());
+    where_possible(device(), [&](const ContextScope& context) {
       const CaptureExemption exemption(context.driver());
       std::erase_if(lanes_, [&](Lane& lane) {
         for (;;) {
@@ -303,9 +290,7 @@ class DevicePool::Impl final : private DeviceSpace, public SleepingEngine {
         spare_.push_back(std::move(lane));
         return true;
       });
-    } catch (const std::exception&) {
-      // A forked child: nothing will pass there.
-    }
+    });
   }
 
   // Waits for all frees.

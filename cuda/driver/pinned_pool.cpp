@@ -19,6 +19,7 @@ namespace ng {
 
 using cuda::CaptureExemption;
 using cuda::ContextScope;
+using cuda::where_possible;
 
 namespace {
 
@@ -102,13 +103,10 @@ class PinnedPool::Impl final : public PoolEngine {
   }
 
   void free(void* data) const noexcept {
-    try {
-      const ContextScope context(device_);
+    where_possible(device_, [&](const ContextScope& context) {
       const CaptureExemption exemption(context.driver());
       context->cuMemFreeHost(data);
-    } catch (const Error&) {
-      // A forked child, whose parent has the memory, or the driver has gone and took it along.
-    }
+    });
   }
 
   const int device_;

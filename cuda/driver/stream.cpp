@@ -23,7 +23,7 @@ void destroy(int device, CUstream_st* stream) noexcept {
     const ContextScope context(device);
     context->cuStreamDestroy_v2(reinterpret_cast<cuda::StreamHandle>(stream));
   } catch (const Error&) {
-    // A forked child, whose parent has the stream.
+    return;  // a forked child, whose parent has the stream
   }
 }
 
@@ -78,7 +78,7 @@ Event::~Event() {
     const ContextScope context(device_);
     context->cuEventDestroy_v2(cuda::handle_of(*this));
   } catch (const Error&) {
-    // As for streams.
+    return;  // as for streams
   }
 }
 

@@ -111,21 +111,33 @@ __device__ inline float load_scale(const void* scales, int64_t at, Scale type) {
 
 // --- to codes ------------------------------------------------------------------------------------------------------
 
-// x / divisor rounded once; see divide() of codec.inl for why.
-enum class Division { plain, corrected, few_bits };
-
-template <Division kDivision>
+// x / divisor rounded once; see divide() of codec.inl for why. pre: the divisor is fast.
+template <bool kFewBits>
 __device__ inline float divide(float x, const Divisor& d) {
-  if constexpr (kDivision == Division::plain) return __fdiv_rn(x, d.value);
   float q = __fmaf_rn(x, d.inverse, __fmul_rn(x, d.inverse_low));
-  if constexpr (kDivision == Division::corrected) q = __fmaf_rn(__fmaf_rn(-d.value, q, x), d.inverse, q);
+  if constexpr (!kFewBits) q = __fmaf_rn(__fmaf_rn(-d.value, q, x), d.inverse, q);
   return __uint_as_float(__float_as_uint(q) | (__float_as_uint(x) & 0x80000000u));  // -0 has become 0
 }
 
-template <Division kDivision>
+template <bool kFewBits>
 __device__ inline void divide_all(float (&x)[kLaneElements], const Divisor (&unit)[2]) {
 #pragma unroll
-  for (int i = 0; i < kLaneElements; ++i) x[i] = divide<kDivision>(x[i], unit[i / kUnit]);
+  for (int i = 0; i < kLaneElements; ++i) x[i] = divide<kFewBits>(x[i], unit[i / kUnit]);
+}
+
+// By the instruction, whatever the divisor; in a loop, since it is long, and rare, and needs many registers. The
+// elements go through shared memory, of which a tile of floats is needed.
+__device__ inline void divide_slowly(float (&x)[kLaneElements], const Divisor (&unit)[2], uint4* staged, int lane) {
+  write_floats<Source::f32>(x, staged, lane);  // read by the same lane only
+#pragma unroll 1
+  for (int i = 0; i < kQuads; ++i) {
+    const float divisor = i < kQuads / 2 ? unit[0].value : unit[1].value;
+    const auto quotient = [&](uint32_t bits) { return __float_as_uint(__fdiv_rn(__uint_as_float(bits), divisor)); };
+    uint4& four = staged[float_place(lane * kQuads + i)];
+    four = {quotient(four.x), quotient(four.y), quotient(four.z), quotient(four.w)};
+  }
+  read_floats<Source::f32>(staged, lane, x);
+  __syncwarp();
 }
 
 // 2^bits, which the compiler does not see through: it would undo what is multiplied and added in one instruction.
@@ -160,8 +172,8 @@ __device__ inline void nearest_codes(const float (&q)[kLaneElements], const int 
       const int below = 23 - e.fp.mantissa_bits;
       const float unit = __int_as_float((below + 127) << 23 | 0x400000);
       const float most = __int_as_float(e.fp.max_bits);
-      const uint32_t excess = (static_cast<uint32_t>(below) << 23) + 0x400000 +
-                              (static_cast<uint32_t>(e.fp.min_exponent) >> below);
+      const uint32_t excess =
+          (static_cast<uint32_t>(below) << 23) + 0x400000 + (static_cast<uint32_t>(e.fp.min_exponent) >> below);
       const uint32_t negative = power(e.bits - 1);
       return join(q, e.bits, excess, quad, [&](int, float x) {
         const float t = fminf(fabsf(x), most);

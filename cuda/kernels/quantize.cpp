@@ -97,8 +97,6 @@ FoundCheck& found_check() {
 
 // --- arguments of kernels ------------------------------------------------------------------------------------------
 
-constexpr int64_t kMostRows = int64_t{65535} * 65535;
-
 cuda::Shape shape_of(const CanonicalView& matrix, int64_t stride) {
   const Format& format = matrix.format;
   cuda::Shape shape{};
@@ -113,8 +111,9 @@ cuda::Shape shape_of(const CanonicalView& matrix, int64_t stride) {
   shape.group_step = format.group == 0 ? 0 : shape.tile_groups;
   shape.tile_elements = shape.tile_groups * shape.group_units * cuda::kUnit;
   const int64_t tiles = (matrix.cols - 1) / shape.tile_elements + 1;
-  NG_CHECK(tiles <= std::numeric_limits<int32_t>::max() - cuda::kWarps && matrix.rows <= kMostRows, InvalidArgument,
-           "a matrix of ", matrix.rows, " x ", matrix.cols, " elements is too large for a device");
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max() - cuda::kWarps;
+  NG_CHECK(matrix.rows <= kMost && tiles <= kMost, InvalidArgument, "a matrix of ", matrix.rows, " x ", matrix.cols,
+           " elements has too many rows or columns for a device");
   shape.tiles = static_cast<int32_t>(tiles);
   while ((1 << shape.warps_along) < std::min(shape.tiles, cuda::kWarps)) ++shape.warps_along;
   return shape;
@@ -134,11 +133,8 @@ cuda::ScaleCoding scale_coding(const Format& format, bool ceil) {
     int mantissa_bits, least;
     double most;
   };
-  constexpr std::array<Type, 5> kTypes{{{23, -126, 0x1.fffffep127},
-                                        {10, -14, 65504.0},
-                                        {7, -126, 0x1.fep127},
-                                        {},
-                                        {3, -6, 448.0}}};
+  constexpr std::array<Type, 5> kTypes{
+      {{23, -126, 0x1.fffffep127}, {10, -14, 65504.0}, {7, -126, 0x1.fep127}, {}, {3, -6, 448.0}}};
   const Type& type = kTypes[static_cast<size_t>(format.scale)];
   return {
       .type = rule.type,
@@ -170,8 +166,7 @@ Arrays arrays_of(const CanonicalView& matrix, int device) {
 // --- launches ------------------------------------------------------------------------------------------------------
 
 using Names = std::array<const char*, 3>;  // by codec::Source
-#define NG_NAMES(name) \
-  Names { name "_f32", name "_f16", name "_bf16" }
+#define NG_NAMES(name) Names{name "_f32", name "_f16", name "_bf16"}
 constexpr Names kQuantizeGroups = NG_NAMES("quantize_groups");
 constexpr Names kQuantizeRows = NG_NAMES("quantize_rows");
 constexpr Names kQuantizeGroupsStochastic = NG_NAMES("quantize_groups_stochastic");
@@ -254,9 +249,8 @@ void quantize(const TensorView& weights, const CanonicalView& out, const Quantiz
     launch(names[type], grid_of(args.shape), kThreads, stream, args);
   } else {
     const Names& names = options.stochastic ? kQuantizeRowsStochastic : kQuantizeRows;
-    const auto blocks = static_cast<unsigned>(std::min<int64_t>(matrix.rows, std::numeric_limits<int32_t>::max()));
     const auto warps = static_cast<unsigned>(std::min(args.shape.tiles, cuda::kWarps));
-    launch(names[type], {blocks, 1, 1}, 32 * warps, stream, args);
+    launch(names[type], {static_cast<unsigned>(matrix.rows), 1, 1}, 32 * warps, stream, args);
   }
 }
 

@@ -83,7 +83,10 @@ __device__ void load(const QuantizeArgs& args, int64_t row, int tile, uint4* sta
   __syncwarp();
   if (args.saturate) {
 #pragma unroll
-    for (int i = 0; i < kLaneElements; ++i) x[i] = x[i] != x[i] ? 0.0f : fminf(fmaxf(x[i], -kLargest), kLargest);
+    for (int i = 0; i < kLaneElements; ++i) {
+      const float clamped = fminf(fmaxf(x[i], -kLargest), kLargest);
+      x[i] = x[i] == x[i] ? clamped : 0.0f;
+    }
   }
 }
 
@@ -107,18 +110,18 @@ struct Scales {
 
 // Codes of a tile whose scales are known.
 template <bool kStochastic>
-__device__ void encode(const QuantizeArgs& args, int64_t row, int tile, uint4* staged, int lane,
-                       const Scales& scales, float (&x)[kLaneElements]) {
+__device__ void encode(const QuantizeArgs& args, int64_t row, int tile, uint4* staged, int lane, const Scales& scales,
+                       float (&x)[kLaneElements]) {
   const Shape& shape = args.shape;
   const Element& element = args.element;
   const int64_t begin = int64_t{tile} * shape.tile_elements;
   const auto n = static_cast<int>(min(int64_t{shape.tile_elements}, shape.cols - begin));
   if (!scales.fast) {
-    divide_all<Division::plain>(x, scales.unit);
+    divide_slowly(x, scales.unit, staged, lane);
   } else if (args.scale.few_bits) {
-    divide_all<Division::few_bits>(x, scales.unit);
+    divide_all<true>(x, scales.unit);
   } else {
-    divide_all<Division::corrected>(x, scales.unit);
+    divide_all<false>(x, scales.unit);
   }
   uint32_t quad[kQuads] = {};
   if constexpr (kStochastic) {
@@ -138,7 +141,9 @@ __device__ void encode(const QuantizeArgs& args, int64_t row, int tile, uint4* s
     }
   }
   write_stream(element.bits, quad, staged, lane);
-  unstage_codes(staged, n, element.bits, args.out.codes + row * shape.row_bytes + int64_t{tile} * (shape.tile_elements / 8 * element.bits), lane);
+  unstage_codes(staged, n, element.bits,
+                args.out.codes + row * shape.row_bytes + int64_t{tile} * (shape.tile_elements / 8 * element.bits),
+                lane);
   __syncwarp();
 }
 
@@ -149,8 +154,7 @@ __device__ float global_scale(const Arrays& arrays) {
 // --- quantize ------------------------------------------------------------------------------------------------------
 
 template <Source kType, bool kStochastic>
-__device__ void quantize_tile(const QuantizeArgs& args, int64_t row, int tile, uint4* staged, int lane,
-                              float global) {
+__device__ void quantize_tile(const QuantizeArgs& args, int64_t row, int tile, uint4* staged, int lane, float global) {
   const Shape& shape = args.shape;
   const bool zeros = args.out.zeros != nullptr;
   float x[kLaneElements];
@@ -164,7 +168,8 @@ __device__ void quantize_tile(const QuantizeArgs& args, int64_t row, int tile, u
 
   // Lane g makes the scale of group g, and of group 32 + g where groups are single units.
   const int64_t first = row * shape.groups + int64_t{tile} * shape.group_step;
-  const auto groups = static_cast<int>(min(int64_t{shape.tile_groups}, shape.groups - int64_t{tile} * shape.group_step));
+  const auto groups =
+      static_cast<int>(min(int64_t{shape.tile_groups}, shape.groups - int64_t{tile} * shape.group_step));
   Stored stored[2];
   int zero[2] = {};
   bool fast = true;
@@ -213,7 +218,7 @@ __device__ bool find_tile(const Shape& shape, int64_t& row, int& tile) {
 
 template <Source kType, bool kStochastic>
 __device__ void quantize_groups(const QuantizeArgs& args) {
-  __shared__ uint4 staged[kWarps][kPieces<kStochastic ? Source::f32 : kType>];
+  __shared__ uint4 staged[kWarps][kPieces<Source::f32>];
   int64_t row;
   int tile;
   if (!find_tile(args.shape, row, tile)) return;
@@ -225,7 +230,6 @@ __device__ void quantize_groups(const QuantizeArgs& args) {
 __device__ Range block_range(Range range, Range* shared) {
   const int warps = blockDim.x / kLanes;
   range = warp_range(range);
-  __syncthreads();  // what was there has been read
   if (threadIdx.x % kLanes == 0) shared[threadIdx.x / kLanes] = range;
   __syncthreads();
   for (int i = 0; i < warps; ++i) range = join(range, shared[i]);
@@ -234,37 +238,38 @@ __device__ Range block_range(Range range, Range* shared) {
 
 template <Source kType, bool kStochastic>
 __device__ void quantize_rows(const QuantizeArgs& args) {
-  __shared__ uint4 staged[kWarps][kPieces<kStochastic ? Source::f32 : kType>];
+  __shared__ uint4 staged[kWarps][kPieces<Source::f32>];
   __shared__ Range ranges[kWarps];
   const Shape& shape = args.shape;
   const bool zeros = args.out.zeros != nullptr;
   const int warps = blockDim.x / kLanes, warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   const float global = global_scale(args.out);
-  for (int64_t row = blockIdx.x; row < shape.rows; row += gridDim.x) {
-    float x[kLaneElements];
-    Range range;
-    for (int tile = warp; tile < shape.tiles; tile += warps) {
-      load<kType>(args, row, tile, staged[warp], lane, x);
-      Range unit[2];
-      unit_ranges(x, zeros, unit);
-      const Range both = join(unit[0], unit[1]);
-      if (!both.finite()) report(args, row, tile, lane, x);
-      range = join(range, both);
-    }
-    range = block_range(range, ranges);
-    const Stored stored = make_scale(range.finite() ? range.width() : 0.0, args.scale, global);
-    Scales scales;
-    scales.unit[0] = scales.unit[1] = stored.divisor;
-    scales.fast = stored.divisor.fast;
-    if (zeros) scales.zero[0] = scales.zero[1] = zero_point(-range.low, stored, args.element);
-    if (threadIdx.x == 0) {
-      store_scale(args.out.scales, row, args.scale.type, stored.bits);
-      if (zeros) args.out.zeros[row] = static_cast<uint8_t>(scales.zero[0]);
-    }
-    for (int tile = warp; tile < shape.tiles; tile += warps) {
-      if (shape.tiles > warps) load<kType>(args, row, tile, staged[warp], lane, x);
-      encode<kStochastic>(args, row, tile, staged[warp], lane, scales, x);
-    }
+  const int64_t row = blockIdx.x;
+  float x[kLaneElements];
+  Range range;
+#pragma unroll 1
+  for (int tile = warp; tile < shape.tiles; tile += warps) {
+    load<kType>(args, row, tile, staged[warp], lane, x);
+    Range unit[2];
+    unit_ranges(x, zeros, unit);
+    const Range both = join(unit[0], unit[1]);
+    if (!both.finite()) report(args, row, tile, lane, x);
+    range = join(range, both);
+  }
+  range = block_range(range, ranges);
+  const Stored stored = make_scale(range.finite() ? range.width() : 0.0, args.scale, global);
+  Scales scales;
+  scales.unit[0] = scales.unit[1] = stored.divisor;
+  scales.fast = stored.divisor.fast;
+  if (zeros) scales.zero[0] = scales.zero[1] = zero_point(-range.low, stored, args.element);
+  if (threadIdx.x == 0) {
+    store_scale(args.out.scales, row, args.scale.type, stored.bits);
+    if (zeros) args.out.zeros[row] = static_cast<uint8_t>(scales.zero[0]);
+  }
+#pragma unroll 1
+  for (int tile = warp; tile < shape.tiles; tile += warps) {
+    if (shape.tiles > warps) load<kType>(args, row, tile, staged[warp], lane, x);
+    encode<kStochastic>(args, row, tile, staged[warp], lane, scales, x);
   }
 }
 
@@ -316,7 +321,8 @@ __device__ void decode(const DequantizeArgs& args, const Arrays& from, int64_t r
   const int bits = args.element.bits;
   const bool zeros = from.zeros != nullptr;
   const int64_t first = row * shape.groups + int64_t{tile} * shape.group_step;
-  const auto groups = static_cast<int>(min(int64_t{shape.tile_groups}, shape.groups - int64_t{tile} * shape.group_step));
+  const auto groups =
+      static_cast<int>(min(int64_t{shape.tile_groups}, shape.groups - int64_t{tile} * shape.group_step));
   float scale[2] = {};
   int zero[2] = {};
 #pragma unroll
@@ -326,7 +332,8 @@ __device__ void decode(const DequantizeArgs& args, const Arrays& from, int64_t r
     scale[r] = load_scale(from.scales, first + g, args.scale);
     if (zeros) zero[r] = from.zeros[first + g];
   }
-  stage_codes(from.codes + row * shape.row_bytes + int64_t{tile} * (shape.tile_elements / 8 * bits), n, bits, staged, lane);
+  stage_codes(from.codes + row * shape.row_bytes + int64_t{tile} * (shape.tile_elements / 8 * bits), n, bits, staged,
+              lane);
   uint32_t quad[kQuads];
   read_stream(bits, staged, lane, quad);
   __syncwarp();
@@ -381,15 +388,15 @@ __device__ void dequantize(const DequantizeArgs& args) {
 // --- entries -------------------------------------------------------------------------------------------------------
 
 // Registers of a thread are at most 65536 / (256 * blocks).
-#define NG_KERNEL(name, type, blocks, Arguments, ...)                                                    \
-  extern "C" __global__ void __launch_bounds__(256, blocks)                                              \
-      name##_##type(const __grid_constant__ ng::cuda::Arguments args) {                                  \
-    constexpr auto kType = ng::codec::Source::type;                                                      \
-    ng::cuda::__VA_ARGS__(args);                                                                         \
+#define NG_KERNEL(name, type, blocks, Arguments, ...)                   \
+  extern "C" __global__ void __launch_bounds__(256, blocks)             \
+      name##_##type(const __grid_constant__ ng::cuda::Arguments args) { \
+    constexpr auto kType = ng::codec::Source::type;                     \
+    ng::cuda::__VA_ARGS__(args);                                        \
   }
-#define NG_KERNELS(name, blocks, Arguments, ...)           \
-  NG_KERNEL(name, f32, blocks, Arguments, __VA_ARGS__)     \
-  NG_KERNEL(name, f16, blocks, Arguments, __VA_ARGS__)     \
+#define NG_KERNELS(name, blocks, Arguments, ...)       \
+  NG_KERNEL(name, f32, blocks, Arguments, __VA_ARGS__) \
+  NG_KERNEL(name, f16, blocks, Arguments, __VA_ARGS__) \
   NG_KERNEL(name, bf16, blocks, Arguments, __VA_ARGS__)
 
 NG_KERNELS(quantize_groups, 3, QuantizeArgs, quantize_groups<kType, false>)

@@ -99,7 +99,9 @@ __device__ void unstage_floats(const uint4* staged, void* to, int n, int lane) {
 }
 
 __device__ inline void widen_halves(uint32_t pair, float& low, float& high) {
-  asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(low), "=f"(high) : "r"(pair));
+  asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
+      : "=f"(low), "=f"(high)
+      : "r"(pair));
 }
 
 template <Source kType>

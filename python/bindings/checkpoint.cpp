@@ -25,8 +25,8 @@ namespace {
 using ReadOnlyBytes = nb::ndarray<nb::memview, const uint8_t, nb::ndim<1>>;
 using Bounds = std::vector<std::array<int64_t, 2>>;
 // name, dtype, shape, flat, bounds, address, bytes, borrowed, in place, index of the GPU or -1, its stream
-using Part = std::tuple<std::string, std::string, std::vector<int64_t>, bool, Bounds, uintptr_t, size_t, bool, bool, int,
-                        uintptr_t>;
+using Part = std::tuple<std::string, std::string, std::vector<int64_t>, bool, Bounds, uintptr_t, size_t, bool, bool,
+                        int, uintptr_t>;
 // name, flat, bounds, address, bytes
 using Request = std::tuple<std::string, bool, Bounds, uintptr_t, size_t>;
 
@@ -42,7 +42,14 @@ class Parts {
     parts_.reserve(arguments.size());
     for (const auto& [name, dtype, shape, flat, bounds, address, bytes, borrowed, in_place, gpu, stream] : arguments) {
       const auto memory = memory_at<const std::byte>(address, bytes);
-      parts_.push_back({name, dtype, shape, {flat, bounds}, memory, borrowed, in_place, {gpu},
+      parts_.push_back({name,
+                        dtype,
+                        shape,
+                        {flat, bounds},
+                        memory,
+                        borrowed,
+                        in_place,
+                        {gpu},
                         reinterpret_cast<CUstream_st*>(stream)});
     }
   }

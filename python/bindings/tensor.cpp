@@ -232,8 +232,7 @@ constexpr intptr_t kDefaultStream = 1;
 // Lets the consumer's stream come after what has been given to the current one.
 void order_consumer(Device device, nb::handle stream) {
   if (device.is_cpu()) {
-    NG_CHECK(stream.is_none(), InvalidArgument,
-             "stream is given, but a tensor in host memory has none; expected None");
+    NG_CHECK(stream.is_none(), InvalidArgument, "stream is given, but a tensor in host memory has none; expected None");
     return;
   }
   const auto number = stream.is_none() ? kDefaultStream : nb::cast<intptr_t>(stream);
@@ -388,7 +387,8 @@ void bind_tensor(nb::module_& module) {
             copy_across(source.tensor, self.tensor, in_background);
           },
           "source"_a, nb::kw_only(), "non_blocking"_a = false,
-          "Copies the elements of a tensor of the same shape and dtype, both dense, from any device; waits as to() does.")
+          "Copies the elements of a tensor of the same shape and dtype, both dense, from any device; waits as to() "
+          "does.")
       .def("is_contiguous", [](const PyTensor& self) { return self.tensor->is_contiguous(); })
       .def(
           "contiguous",

@@ -27,6 +27,6 @@ extern "C" __attribute__((visibility("default"))) void ng_torch_cuda_free(void* 
   try {
     ng::default_device_pool(device)->deallocate(block, static_cast<size_t>(size), ng::Stream(device, stream));
   } catch (const std::exception&) {
-    // No block came from a device that is not there.
+    return;  // no block came from a device that is not there
   }
 }

@@ -211,9 +211,10 @@ class QTensor:
         if (self.format, self.shape) != (other.format, other.shape):
             raise ValueError(f"the other is {other.format} {other.shape}, expected {self.format} {self.shape}")
         if self._matrix is not None:
+            other = other.to("cpu")
             _native.pack(self.format, self.rows, self.cols, *other._borrow(other.canonical()), self.packed)
             return
-        for mine, its in zip(self.canonical(), other.canonical(), strict=True):
+        for mine, its in zip(self.canonical(), other.to(self.device).canonical(), strict=True):
             if mine is not None:
                 self._arrays.assign(mine, its)
 

@@ -1,5 +1,5 @@
-// A Python module with an array type that lends GPU memory as torch does: through DLPack's C exchange table on the type,
-// with the stream that its own work goes to. Built by test_cuda_tensor.py.
+// A Python module with an array type that lends GPU memory as torch does: through DLPack's C exchange table on the
+// type, with the stream that its own work goes to. Built by test_cuda_tensor.py.
 #include <Python.h>
 
 #include <cstdint>
@@ -47,18 +47,18 @@ int current_work_stream(int32_t, int32_t, void** stream) {
   return 0;
 }
 
-dlpack::ExchangeApi api{{{dlpack::kMajorVersion, 3}, nullptr}, nullptr, nullptr, nullptr, view_from_object,
-                        current_work_stream};
+dlpack::ExchangeApi api{
+    {{dlpack::kMajorVersion, 3}, nullptr}, nullptr, nullptr, nullptr, view_from_object, current_work_stream};
 
 PyObject* asked_for_stream(PyObject*, PyObject*) { return PyLong_FromLong(streams_asked); }
 
-PyType_Slot slots[] = {{Py_tp_init, reinterpret_cast<void*>(make)},
-                       {Py_tp_new, reinterpret_cast<void*>(PyType_GenericNew)},
-                       {0, nullptr}};
+PyType_Slot slots[] = {
+    {Py_tp_init, reinterpret_cast<void*>(make)}, {Py_tp_new, reinterpret_cast<void*>(PyType_GenericNew)}, {0, nullptr}};
 PyType_Spec spec{"cuda_producer.Array", sizeof(Array), 0, Py_TPFLAGS_DEFAULT, slots};
 PyMethodDef functions[] = {{"asked_for_stream", asked_for_stream, METH_NOARGS, "How often the stream was asked for."},
                            {nullptr, nullptr, 0, nullptr}};
-PyModuleDef definition{PyModuleDef_HEAD_INIT, "cuda_producer", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
+PyModuleDef definition{
+    PyModuleDef_HEAD_INIT, "cuda_producer", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 

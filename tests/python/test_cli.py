@@ -136,7 +136,7 @@ def test_doctor(run, monkeypatch):
     assert report["isa"] in ("portable", "avx2", "avx512") and report["isa_reason"]
     assert set(report["kernels"]) == {"quantize", "linear"}
     assert report["threads"] >= 1 and report["read_bandwidth_gb_s"] > 0
-    assert {"CUDA driver", "nvcc", "NCCL", "MPI"} == {p["name"] for p in report["optional"]}
+    assert {"CUDA driver", "CUDA kernels", "NCCL", "MPI"} == {p["name"] for p in report["optional"]}
     assert all("not used by this version" in part["enables"] for part in report["optional"])
     code, out, _ = run("doctor")
     assert code == 0 and report["cpu"] in out

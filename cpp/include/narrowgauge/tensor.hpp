@@ -44,8 +44,8 @@ class Tensor {
  public:
   Tensor() = default;
 
-  // A dense row-major tensor from `pool`, on its device, contents undefined; without elements it takes no memory. Throws
-  // InvalidArgument for more than kMaxDims axes, a negative length or a size that overflows; OutOfMemory.
+  // A dense row-major tensor from `pool`, on its device, contents undefined; without elements it takes no memory.
+  // Throws InvalidArgument for more than kMaxDims axes, a negative length or a size that overflows; OutOfMemory.
   static Tensor empty(std::shared_ptr<Pool> pool, std::span<const int64_t> shape, DType dtype);
 
   // Memory that `owner` keeps alive: another library's, or a part of another tensor's.

@@ -110,8 +110,13 @@ ng::QuantizeOptions options_of(const ng_quantize_options* options) {
 
 ng::CanonicalView canonical_of(const char* format, const ng_canonical* matrix, const char* name) {
   const ng_canonical& source = checked(matrix, name);
-  return {ng::Format::parse(&checked(format, "format")), source.rows,  source.cols,        source.codes,
-          source.scales,                                source.zeros, source.global_scale};
+  return {ng::Format::parse(&checked(format, "format")),
+          source.rows,
+          source.cols,
+          source.codes,
+          source.scales,
+          source.zeros,
+          source.global_scale};
 }
 
 ng::Stream stream_of(int32_t device, void* stream) { return {device, static_cast<CUstream_st*>(stream)}; }
@@ -257,9 +262,8 @@ ng_status ng_cuda_quantize(const ng_tensor* weights, const char* format, const n
 
 ng_status ng_cuda_dequantize(const char* format, const ng_canonical* matrix, const ng_tensor* out, int32_t device,
                              void* stream) {
-  return guarded([&] {
-    ng::dequantize(canonical_of(format, matrix, "matrix"), view_of(out, "out"), stream_of(device, stream));
-  });
+  return guarded(
+      [&] { ng::dequantize(canonical_of(format, matrix, "matrix"), view_of(out, "out"), stream_of(device, stream)); });
 }
 
 ng_status ng_cuda_synchronize(int32_t device, void* stream) {

@@ -47,7 +47,7 @@ void DeviceCopies::drain() noexcept {
   try {
     for (const Event& point : mark()) point.synchronize();
   } catch (const Error&) {
-    // The device is lost, and with it what was under way; or this is a forked child, whose parent has the streams.
+    return;  // the device is lost, and with it what was under way; or this is a forked child, whose parent has it
   }
 }
 

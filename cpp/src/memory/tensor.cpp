@@ -32,8 +32,7 @@ Tensor Tensor::empty(std::shared_ptr<Pool> pool, std::span<const int64_t> shape,
   const Device device = pool->device();
   view.data = pool->allocate(size);
   // If the shared_ptr cannot be made, it calls the deleter.
-  std::shared_ptr<void> owner(view.data,
-                              [pool = std::move(pool), size](void* data) { pool->deallocate(data, size); });
+  std::shared_ptr<void> owner(view.data, [pool = std::move(pool), size](void* data) { pool->deallocate(data, size); });
   return {view, std::move(owner), device};
 }
 

@@ -42,8 +42,8 @@ void codec::check_peers(std::span<const CanonicalView> peers) {
     check_canonical(peers[i]);
     const CanonicalView& peer = peers[i];
     NG_CHECK(peer.format == first.format && peer.rows == first.rows && peer.cols == first.cols, InvalidArgument,
-             "peers[", i, "] is ", peer.rows, " x ", peer.cols, " in ", peer.format.str(), "; expected what peers[0] is, ",
-             first.rows, " x ", first.cols, " in ", first.format.str());
+             "peers[", i, "] is ", peer.rows, " x ", peer.cols, " in ", peer.format.str(),
+             "; expected what peers[0] is, ", first.rows, " x ", first.cols, " in ", first.format.str());
   }
 }
 

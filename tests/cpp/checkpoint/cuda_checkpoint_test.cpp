@@ -1,15 +1,22 @@
 // States on a GPU: what is saved is what a stream had written when save() was called, whatever it is given after.
 #include <gtest/gtest.h>
 
+#include <array>
+#include <chrono>
+#include <future>
 #include <memory>
+#include <thread>
 #include <vector>
 
 #include "checkpoint/states.hpp"
+#include "driver/context.hpp"
+#include "driver/stream.hpp"
 #include "io/temporary_directory.hpp"
 #include "narrowgauge/checkpoint.hpp"
 #include "narrowgauge/device.hpp"
 #include "narrowgauge/memory.hpp"
 #include "narrowgauge/stream.hpp"
+#include "narrowgauge/tensor.hpp"
 
 namespace ng {
 namespace {
@@ -54,7 +61,7 @@ class CudaCheckpoint : public ::testing::TestWithParam<bool> {
   std::vector<Tensor> memory_, staged_;
 };
 
-// `large`: of the largest tensor, so that the staging buffers are used more than once.
+// The largest tensor fills the staging buffers more than once.
 TEST_P(CudaCheckpoint, HoldsWhatTheStreamHadWritten) {
   const bool borrowed = GetParam();
   const TemporaryDirectory directory;
@@ -92,6 +99,45 @@ TEST_P(CudaCheckpoint, ClosesWithoutWaitingForTheStreamsOwner) {
     checkpointer.save(1, parts);
   }
   EXPECT_EQ(load_like(Checkpoint(directory / checkpoint_name(1)), state)[0].bytes == state[0].bytes, true);
+}
+
+// Copies wait for another stream's work here; meanwhile the stream of the state may not write to it.
+TEST_P(CudaCheckpoint, HoldsAStreamBackUntilItsStateIsCopied) {
+  if (GetParam()) GTEST_SKIP() << "borrowed memory is the caller's to hold back";
+  const TemporaryDirectory directory;
+  const std::vector<StateTensor> state = make_state(1), other = make_state(2);
+  std::vector<CheckpointPart> parts = place(state, false);
+  write(state);
+  stream_.synchronize();
+  const Stream slow = Stream::create(0);
+  const Tensor more = Tensor::empty(pool_, std::array<int64_t, 1>{64}, DType::u8);
+  copy(more->data, staged_.front()->data, 8, slow);
+  parts.push_back({"more",
+                   "U8",
+                   {8},
+                   Region::whole(std::array<int64_t, 1>{8}),
+                   {static_cast<const std::byte*>(more->data), 8},
+                   false,
+                   true,
+                   {0},
+                   slow.handle()});
+  std::promise<void> opened;
+  auto gate = opened.get_future();
+  {
+    const cuda::ContextScope context(0);
+    const auto wait = [](void* future) { static_cast<std::future<void>*>(future)->wait(); };
+    ASSERT_EQ(context->cuLaunchHostFunc(cuda::handle_of(slow), wait, &gate), cuda::Result::success);
+  }
+  Checkpointer checkpointer(directory.path());
+  checkpointer.save(1, parts);
+  write(other);
+  // Without an order the writes would be done by now.
+  std::this_thread::sleep_for(std::chrono::milliseconds(300));
+  opened.set_value();
+  checkpointer.wait();
+  const std::vector<StateTensor> loaded = load_like(Checkpoint(directory / checkpoint_name(1)), state);
+  for (size_t i = 0; i < state.size(); ++i) EXPECT_EQ(loaded[i].bytes == state[i].bytes, true) << state[i].name;
+  stream_.synchronize();
 }
 
 INSTANTIATE_TEST_SUITE_P(SnapshotAndDeferred, CudaCheckpoint, ::testing::Values(false, true));

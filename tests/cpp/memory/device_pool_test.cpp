@@ -177,7 +177,7 @@ TEST_F(CudaDevicePool, AnotherStreamWaitsForWhatItTakes) {
   pinned_->deallocate(seen, 2 * kHuge);
 }
 
-// Fails without the waits in gather().
+// Fails without the waits in gather(), and without the event that what is left there gets.
 TEST_F(CudaDevicePool, WithTheLastMemoryAStreamWaitsForAllOthers) {
   std::array<Stream, 2> readers{Stream::create(0), Stream::create(0)};
   const Stream writer = Stream::create(0);
@@ -199,16 +199,22 @@ TEST_F(CudaDevicePool, WithTheLastMemoryAStreamWaitsForAllOthers) {
     pool_->deallocate(blocks[i], kBytes, readers[i % 2]);
   }
   EXPECT_THROW(pool_->allocate(kBytes * blocks.size()), OutOfMemory);  // without a stream nobody could wait
-  std::byte* all = allocate(kBytes * blocks.size(), writer);
-  fill(all, 2, kBytes * blocks.size(), writer);
+  const Stream last = Stream::create(0);
+  const size_t most = kBytes * (blocks.size() - 1);
+  std::byte* all = allocate(most, writer);
+  std::byte* rest = allocate(kBytes, last);
+  fill(all, 2, most, writer);
+  fill(rest, 2, kBytes, last);
   EXPECT_FALSE(writer.is_done());
+  EXPECT_FALSE(last.is_done());
   std::this_thread::sleep_for(std::chrono::milliseconds(20));
   for (const auto& gate : gates) gate->open();
   writer.synchronize();
+  last.synchronize();
   for (const Stream& reader : readers) reader.synchronize();
   EXPECT_TRUE(all_are(seen, 1, kPage * blocks.size()));
-  pool_->deallocate(all, kBytes * blocks.size(), writer);
-  writer.synchronize();
+  pool_->deallocate(all, most, writer);
+  pool_->deallocate(rest, kBytes, last);
   pinned_->deallocate(seen, kPage * blocks.size());
 }
 
@@ -343,6 +349,25 @@ TEST_F(CudaDevicePool, SleepWaitsForStreamsAndFreesMemory) {
   pool_->wake();
   EXPECT_EQ(pool_->statistics().in_use, 0u);
   EXPECT_EQ(pool_->statistics().cached, 0u);
+}
+
+TEST_F(CudaDevicePool, SleepWaitsForWorkThatUsesIt) {
+  const Stream stream = Stream::create(0);
+  std::byte* seen = allocate_pinned(kHuge);
+  std::byte* block = allocate(kHuge, stream);
+  fill(block, 9, kHuge, stream);
+  Gate gate(stream);
+  read(seen, block, kHuge, stream);
+  std::thread later([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    gate.open();
+  });
+  pool_->sleep();
+  later.join();
+  stream.synchronize();
+  EXPECT_TRUE(all_are(seen, 9, kHuge));
+  pool_->deallocate(block, kHuge, stream);
+  pinned_->deallocate(seen, kHuge);
 }
 
 TEST_F(CudaDevicePool, AdaptorsAndTensorsInAStream) {

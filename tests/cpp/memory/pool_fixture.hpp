@@ -22,11 +22,11 @@ constexpr size_t kHuge = size_t{2} << 20;
 
 // Copies to and from memory of a pool, done when they return; on devices in the order of the default stream.
 inline void write_to(const Pool&, std::byte* to, const std::vector<std::byte>& bytes) {
-  std::memcpy(to, bytes.data(), bytes.size());
+  if (!bytes.empty()) std::memcpy(to, bytes.data(), bytes.size());
 }
 
 inline void read_from(const Pool&, const std::byte* from, std::vector<std::byte>& bytes) {
-  std::memcpy(bytes.data(), from, bytes.size());
+  if (!bytes.empty()) std::memcpy(bytes.data(), from, bytes.size());
 }
 
 inline cuda::DevicePtr address_on(const std::byte* data) { return reinterpret_cast<cuda::DevicePtr>(data); }

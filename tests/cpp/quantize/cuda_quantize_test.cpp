@@ -117,10 +117,12 @@ class OnDevice {
     CudaMemory::fill(begin_, static_cast<unsigned char>(kCanary), static_cast<size_t>(end_ - begin_), stream);
   }
   void upload(const CanonicalView& from, const Stream& stream) const {
-    each([&](const void* host, const void* device, int64_t bytes) {
-      CudaMemory::upload(const_cast<std::byte*>(static_cast<const std::byte*>(device)),
-                         {static_cast<const std::byte*>(host), static_cast<size_t>(bytes)}, stream);
-    }, from);
+    each(
+        [&](const void* host, const void* device, int64_t bytes) {
+          CudaMemory::upload(const_cast<std::byte*>(static_cast<const std::byte*>(device)),
+                             {static_cast<const std::byte*>(host), static_cast<size_t>(bytes)}, stream);
+        },
+        from);
   }
   // Empty if all arrays equal those of `expected` and nothing else was written.
   std::string compare(const CanonicalView& expected, const Stream& stream) const {
@@ -129,18 +131,20 @@ class OnDevice {
     std::string text;
     const char* names[] = {"codes", "scales", "zeros", "global_scale"};
     int name = 0;
-    each([&](const void* host, const void* device, int64_t bytes) {
-      auto* seen = all.data() + (static_cast<const std::byte*>(device) - begin_);
-      for (int64_t i = 0; i < bytes; ++i) {
-        if (seen[i] != static_cast<const std::byte*>(host)[i] && text.empty()) {
-          text = std::string(names[name]) + " differ at byte " + std::to_string(i) + ": " +
-                 std::to_string(static_cast<int>(seen[i])) + " is not " +
-                 std::to_string(static_cast<int>(static_cast<const std::byte*>(host)[i]));
-        }
-        seen[i] = kCanary;
-      }
-      ++name;
-    }, expected);
+    each(
+        [&](const void* host, const void* device, int64_t bytes) {
+          auto* seen = all.data() + (static_cast<const std::byte*>(device) - begin_);
+          for (int64_t i = 0; i < bytes; ++i) {
+            if (seen[i] != static_cast<const std::byte*>(host)[i] && text.empty()) {
+              text = std::string(names[name]) + " differ at byte " + std::to_string(i) + ": " +
+                     std::to_string(static_cast<int>(seen[i])) + " is not " +
+                     std::to_string(static_cast<int>(static_cast<const std::byte*>(host)[i]));
+            }
+            seen[i] = kCanary;
+          }
+          ++name;
+        },
+        expected);
     for (size_t i = 0; i < all.size() && text.empty(); ++i) {
       if (all[i] != kCanary) text = "byte " + std::to_string(i) + " beside the arrays was written";
     }
@@ -194,8 +198,9 @@ class CudaQuantizeTest : public ::testing::Test {
     out.clear(*stream_);
     quantize(weights.view(device), out.view(), options, *stream_);
     const std::string text = out.compare(expected.canonical_view(), *stream_);
-    return text.empty() ? text : format.str() + " of " + std::string(dtype_name(weights.dtype)) + ' ' +
-                                     std::to_string(weights.rows) + 'x' + std::to_string(weights.cols) + ": " + text;
+    return text.empty() ? text
+                        : format.str() + " of " + std::string(dtype_name(weights.dtype)) + ' ' +
+                              std::to_string(weights.rows) + 'x' + std::to_string(weights.cols) + ": " + text;
   }
 
   // The same for values, of `peers` matrices, summed if there are several.
@@ -252,8 +257,7 @@ class CudaQuantizeTest : public ::testing::Test {
               // Of the 144 cases of each element and scale every 143rd, which goes through them all.
               if (!everything && seed % 143 != 0) continue;
               const Format format{element, group, static_cast<ScaleType>(scale)};
-              expect_equal(format, dtype, rows, cols, seed,
-                           {.full_range = seed % 2 == 0, .e8m0_ceil = seed % 4 < 2});
+              expect_equal(format, dtype, rows, cols, seed, {.full_range = seed % 2 == 0, .e8m0_ceil = seed % 4 < 2});
               if (HasFailure()) return;
             }
           }
@@ -294,10 +298,16 @@ TEST_F(CudaQuantizeTest, EveryCodeHasTheCpusValue) {
       for (size_t g = 0; g < groups; ++g) {
         const uint32_t bits = scale_encode(format.scale, kScales[(row + g) % 8]);
         std::memcpy(&scales[(row * groups + g) * size], &bits, size);
-        if (!zeros.empty()) zeros[row * groups + g] = static_cast<uint8_t>((row * 37 + g) % static_cast<size_t>(e.codes()));
+        if (!zeros.empty())
+          zeros[row * groups + g] = static_cast<uint8_t>((row * 37 + g) % static_cast<size_t>(e.codes()));
       }
     }
-    const CanonicalView matrix{format, kRows, kCols, codes.data(), scales.data(), zeros.empty() ? nullptr : zeros.data(),
+    const CanonicalView matrix{format,
+                               kRows,
+                               kCols,
+                               codes.data(),
+                               scales.data(),
+                               zeros.empty() ? nullptr : zeros.data(),
                                format.has_global_scale() ? &global : nullptr};
     EXPECT_EQ(dequantized({matrix}, kTypes[seed % 3], kCols, seed / 2 % 2), "");
     ++seed;
@@ -316,8 +326,11 @@ TEST_F(CudaQuantizeTest, StochasticRoundingEqualsTheCpus) {
 }
 
 TEST_F(CudaQuantizeTest, SumsOfPeersEqualTheCpus) {
-  for (const auto& [text, count] : {std::pair<const char*, int>{"int8:g64:bf16", 2}, {"fp6", 5}, {"uint4:g32:e4m3", 3},
-                                    {"nf4:row:fp32", 4}, {"mxfp4", 64}}) {
+  for (const auto& [text, count] : {std::pair<const char*, int>{"int8:g64:bf16", 2},
+                                    {"fp6", 5},
+                                    {"uint4:g32:e4m3", 3},
+                                    {"nf4:row:fp32", 4},
+                                    {"mxfp4", 64}}) {
     const Format format = Format::parse(text);
     for (const DType dtype : kTypes) {
       std::vector<QTensor> matrices;
@@ -438,7 +451,8 @@ TEST_F(CudaQuantizeTest, BadArgumentsAreRefused) {
     }
     return "";
   };
-  const auto expect = [&](const char* part, const TensorView& from, const CanonicalView& to, QuantizeOptions options = {}) {
+  const auto expect = [&](const char* part, const TensorView& from, const CanonicalView& to,
+                          QuantizeOptions options = {}) {
     const std::string text = message([&] { quantize(from, to, options, *stream_); });
     EXPECT_NE(text.find(part), std::string::npos) << text;
   };
@@ -461,7 +475,8 @@ TEST_F(CudaQuantizeTest, BadArgumentsAreRefused) {
     const std::string text = message([&] { dequantize_sum(peers, view, *stream_); });
     EXPECT_NE(text.find(part), std::string::npos) << text;
     if (peers.size() <= 64) {
-      EXPECT_NE(message([&] { dequantize_sum(peers, weights.view(), default_executor()); }).find(part), std::string::npos);
+      EXPECT_NE(message([&] { dequantize_sum(peers, weights.view(), default_executor()); }).find(part),
+                std::string::npos);
     }
   };
   expect_sum("no matrices", {});

@@ -7,8 +7,8 @@ that is aligned and fills the kernels is quantized, and its counters are compare
 from __future__ import annotations
 
 import ctypes
-import os
 import shutil
+import subprocess
 from ctypes import c_bool, c_double, c_float, c_int32, c_int64, c_uint8, c_uint64
 from pathlib import Path
 
@@ -98,11 +98,11 @@ def element(kind: int, bits: int) -> ctypes.Structure:
     return out
 
 
-def shape(bits: int, group: int) -> ctypes.Structure:
+def shape(bits: int, group: int, rows: int) -> ctypes.Structure:
     """`group` 0 is the row."""
     units = group // 16 or 64
     return Shape(
-        ROWS, COLS, COLS, COLS * bits // 8, COLS // (group or COLS), COLS // 1024, 1024, 64 // units,
+        rows, COLS, COLS, COLS * bits // 8, COLS // (group or COLS), COLS // 1024, 1024, 64 // units,
         64 // units if group else 0, units, 65536 // units + 1, 2,
     )  # fmt: skip
 
@@ -117,18 +117,18 @@ def program() -> simgpu.Program:
 class Matrix:
     """A canonical matrix with scales of 16 bits, on a device, and how many bytes it has."""
 
-    def __init__(self, device: simgpu.Device, bits: int, group: int, zeros: bool) -> None:
+    def __init__(self, device: simgpu.Device, bits: int, group: int, zeros: bool, rows: int) -> None:
         rng = np.random.default_rng(bits)
         groups = COLS // (group or COLS)
         self.buffers = [
-            device.array(rng.integers(0, 256, ROWS * COLS * bits // 8, dtype=np.uint8)),
-            device.array(rng.uniform(0.5, 1, ROWS * groups).astype(np.float16).view(np.uint16)),
+            device.array(rng.integers(0, 256, rows * COLS * bits // 8, dtype=np.uint8)),
+            device.array(rng.uniform(0.5, 1, rows * groups).astype(np.float16).view(np.uint16)),
         ]
         if zeros:
-            self.buffers.append(device.array(rng.integers(0, 1 << bits, ROWS * groups, dtype=np.uint8)))
+            self.buffers.append(device.array(rng.integers(0, 1 << bits, rows * groups, dtype=np.uint8)))
         pointers = [buffer.ptr for buffer in self.buffers] + [0, 0]
         self.arrays = Arrays(*pointers[:3], 0)
-        self.bytes = ROWS * COLS * bits // 8 + ROWS * groups * (3 if zeros else 2)
+        self.bytes = rows * COLS * bits // 8 + rows * groups * (3 if zeros else 2)
 
 
 def check(launch: simgpu.Launch, ideal: int, instructions: float) -> None:
@@ -146,18 +146,20 @@ def check(launch: simgpu.Launch, ideal: int, instructions: float) -> None:
         assert seen.sector_use == 1 or 32 * seen.sectors < 0.05 * ideal, seen.ins.text
 
 
-def quantize(program: simgpu.Program, name: str, dtype: str, kind: int, bits: int, group: int) -> simgpu.Launch:
+def quantize(
+    program: simgpu.Program, name: str, dtype: str, kind: int, bits: int, group: int, rows: int = ROWS
+) -> simgpu.Launch:
     device = simgpu.Device()
-    weights = np.random.default_rng(0).standard_normal((ROWS, COLS)).astype(np.float32)
+    weights = np.random.default_rng(0).standard_normal((rows, COLS)).astype(np.float32)
     raw = weights.view(np.uint32) >> 16 if dtype == "bf16" else weights.astype({"f32": "f4", "f16": "f2"}[dtype])
     source = device.array(raw.astype(np.uint16) if dtype == "bf16" else raw, readonly=True)
-    matrix = Matrix(device, bits, group, zeros=kind == 2)
+    matrix = Matrix(device, bits, group, kind == 2, rows)
     scale = ScaleCoding(1, False, True, 42, (1023 - 14) << 52, 65504.0, {0: 4.0, 3: 1.0}.get(kind, 1 << bits - 1))
-    args = QuantizeArgs(source.ptr, matrix.arrays, shape(bits, group), element(kind, bits), scale, False, 1, 0)
+    args = QuantizeArgs(source.ptr, matrix.arrays, shape(bits, group, rows), element(kind, bits), scale, False, 1, 0)
     assert program.find(f"{name}_{dtype}").params[0].size == ctypes.sizeof(args)
-    grid, block = ((1, ROWS // 2), 256) if group else (ROWS, 128)
+    grid, block = ((1, rows // 2), 256) if group else (rows, 128)
     launch = program.launch(f"{name}_{dtype}", grid, block, [bytes(args)], device)
-    launch.ideal = matrix.bytes + ROWS * COLS * SIZES[dtype]
+    launch.ideal = matrix.bytes + rows * COLS * SIZES[dtype]
     return launch
 
 
@@ -194,24 +196,46 @@ def test_adding_peers(program: simgpu.Program, dtype: str) -> None:
     check(launch, launch.ideal, instructions=80)
 
 
-def dequantize(program: simgpu.Program, name: str, dtype: str, kind: int, bits: int, peers: int) -> simgpu.Launch:
+def dequantize(
+    program: simgpu.Program, name: str, dtype: str, kind: int, bits: int, peers: int, rows: int = ROWS
+) -> simgpu.Launch:
     device = simgpu.Device()
-    matrices = [Matrix(device, bits, 64, zeros=kind == 2) for _ in range(peers)]
-    out = device.empty(ROWS * COLS * SIZES[dtype], np.uint8)
+    matrices = [Matrix(device, bits, 64, kind == 2, rows) for _ in range(peers)]
+    out = device.empty(rows * COLS * SIZES[dtype], np.uint8)
     arrays = (Arrays * PEERS)(*[matrix.arrays for matrix in matrices])
-    args = DequantizeArgs(out.ptr, shape(bits, 64), element(kind, bits), 1, peers, arrays)
+    args = DequantizeArgs(out.ptr, shape(bits, 64, rows), element(kind, bits), 1, peers, arrays)
     assert program.find(f"{name}_{dtype}").params[0].size == ctypes.sizeof(args)
-    launch = program.launch(f"{name}_{dtype}", (1, ROWS // 2), 256, [bytes(args)], device)
+    launch = program.launch(f"{name}_{dtype}", (1, rows // 2), 256, [bytes(args)], device)
     launch.ideal = peers * matrices[0].bytes + out.nbytes
     return launch
 
 
-@pytest.mark.skipif("SIMGPU_PTXAS" not in os.environ, reason="ptxas takes 20 s for each: set SIMGPU_PTXAS")
+@pytest.mark.nightly
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
 def test_registers(arch: str) -> None:
+    """ptxas takes 20 s for each."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not installed")
     for name, kernel in static.resources(SOURCE, arch, FLAGS).items():
         stochastic = "stochastic" in name
         ceiling = next((most for prefix, most in CEILINGS.items() if name.startswith(prefix)), OTHERS)
         print(f"{arch} {name}: {kernel.registers} registers, {kernel.shared} bytes of shared memory")
         assert kernel.registers <= (OTHERS if stochastic or "sum" in name else ceiling), name
         assert kernel.stack == kernel.spill_stores == kernel.spill_loads == 0, name
+
+
+@pytest.mark.nightly
+def test_machine_code(tmp_path: Path) -> None:
+    """What ptxas makes of the kernels: no local memory, wide accesses."""
+    if shutil.which("nvcc") is None or static.tool("cuobjdump") is None or static.tool("nvdisasm") is None:
+        pytest.skip("nvcc, cuobjdump or nvdisasm is not installed")
+    cubin = tmp_path / "quantize.cubin"
+    subprocess.run(["nvcc", "-cubin", "-arch=sm_80", *FLAGS, "-o", cubin, SOURCE], check=True)
+    kernels = static.sass(cubin)
+    assert len(kernels) > 10
+    for name, opcodes in kernels.items():
+        total = sum(opcodes.values())
+        print(f"{name}: {total} instructions")
+        assert not any(opcode.startswith(("LDL", "STL")) for opcode in opcodes), name
+        if name.startswith(("quantize_groups", "dequantize")):
+            assert any(opcode.startswith("LDG.E.128") for opcode in opcodes), name

@@ -229,3 +229,27 @@ def test_refuses_what_it_does_not_support(body: str) -> None:
     program = simgpu.Program(kernel(body, (32, 32, 32, 32)))
     with pytest.raises(simgpu.PtxError, match=r"k: .* is not supported\n  at PTX line 12: "):
         program.launch("k", 1, 32, [0, 0, 0, 0], simgpu.Device(1 << 20))
+
+
+def test_parameters_have_addresses() -> None:
+    # Entry tid of an array in the second parameter, and one that it does not have.
+    text = """.version 8.0
+    .target sm_80
+    .address_size 64
+    .visible .entry k(.param .u64 pa, .param .align 8 .b8 array[16])
+    {
+      .reg .b32 %r<3>; .reg .b64 %rd<5>;
+      mov.u32 %r1, %tid.x; ld.param.u64 %rd1, [pa]; mov.b64 %rd2, array;
+      mad.wide.u32 %rd3, %r1, 4, %rd2; ld.param.u32 %r2, [%rd3+4];
+      mad.wide.u32 %rd4, %r1, 4, %rd1; st.global.u32 [%rd4], %r2;
+      ret;
+    }
+    """
+    assert complaint(text) == ""
+    device = simgpu.Device()
+    out = device.empty(4, np.uint32)
+    array = np.array([5, 6, 7, 8], np.uint32)
+    simgpu.Program(text).launch("k", 1, 3, [out, array.tobytes()], device)
+    assert out.get()[:3].tolist() == [6, 7, 8]
+    with pytest.raises(simgpu.SimError, match="read of 4 bytes at 24 of 24 bytes of parameters"):
+        simgpu.Program(text).launch("k", 1, 4, [out, array.tobytes()], device)

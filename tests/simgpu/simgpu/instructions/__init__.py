@@ -62,12 +62,13 @@ def decode(m: Machine, ins: Instruction) -> Step:
 
 
 def _when_executed(m: Machine, ins: Instruction) -> Operation:
-    operation: Operation | None = None
+    operation: Step | None = None
 
     def execute(i: Lanes) -> None:
         nonlocal operation
         if operation is None:
             operation = _decode(m, ins)
+        assert callable(operation)  # as all of _PLAIN become
         operation(i)
 
     return execute
