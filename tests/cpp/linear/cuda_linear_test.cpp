@@ -52,6 +52,7 @@ class CudaLinearTest : public ::testing::Test {
     stream_ = std::make_unique<Stream>(Stream::create(0));
   }
   void TearDown() override {
+    if (stream_) stream_->synchronize();  // what was given to it must not reach memory that comes later
     stream_.reset();
     memory_.reset();
     context_.reset();
