@@ -290,7 +290,7 @@ def is_torch(array: object) -> bool:
 def library_of(array: Any, name: str) -> Arrays:
     """The library that serves `array`, on its device; TypeError, with `name`, if it is no array."""
     if is_torch(array):
-        return library("torch", "cpu" if array.is_cpu else str(array.device))
+        return library("torch", str(array.device) if array.is_cuda else "cpu")  # meta and others are refused later
     if isinstance(array, _native.Tensor):
         return library("numpy") if array.device == "cpu" else library("narrowgauge", array.device)
     if hasattr(array, "__dlpack__"):  # numpy arrays have it too
