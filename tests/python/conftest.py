@@ -78,3 +78,10 @@ def gpu() -> None:
     """Skips a test where there is no driver."""
     if reason := ng.cuda.why_unavailable():
         pytest.skip(reason)
+
+
+@pytest.fixture
+def kernels() -> None:
+    """Skips a test where the build has no kernels."""
+    if not ng.cuda.architectures():
+        pytest.skip("narrowgauge was built without nvcc")

@@ -56,6 +56,7 @@ def test_a_state_on_the_gpu(tmp_path: Path) -> None:
         assert np.array_equal(get(state["gpu"][name]), array), name
 
 
+@pytest.mark.usefixtures("kernels")
 def test_matrices_on_the_gpu(tmp_path: Path) -> None:
     w = np.random.default_rng(0).standard_normal((64, 128)).astype(np.float32)
     q = ng.quantize(put(w), ng.int8)

@@ -211,6 +211,7 @@ def producer(tmp_path_factory: pytest.TempPathFactory) -> Any:
         sys.path.remove(str(folder))
 
 
+@pytest.mark.usefixtures("kernels")
 def test_the_path_that_torch_takes(producer: Any) -> None:
     """Borrowed through the exchange table; the work goes to the producer's own stream."""
     w = numbers((32, 64)) - 50
@@ -274,6 +275,7 @@ def test_a_forked_child_is_refused() -> None:
 # --- QTensors --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("kernels")
 def test_qtensors_move(xp: Any) -> None:
     w = numbers((24, 96)) - 50
     there = ng.quantize(xp.put(w), ng.nvfp4)
@@ -289,6 +291,7 @@ def test_qtensors_move(xp: Any) -> None:
         there.pack()
 
 
+@pytest.mark.usefixtures("kernels")
 def test_qtensors_are_saved_from_the_gpu(xp: Any, tmp_path: Path) -> None:
     w = numbers((24, 96)) - 50
     ng.quantize(xp.put(w), ng.int4).save(tmp_path / "w.safetensors")
@@ -296,6 +299,7 @@ def test_qtensors_are_saved_from_the_gpu(xp: Any, tmp_path: Path) -> None:
     assert np.array_equal(loaded.dequantize(), ng.quantize(w, ng.int4).dequantize())
 
 
+@pytest.mark.usefixtures("kernels")
 def test_nan_is_raised_at_the_wait(xp: Any) -> None:
     w = numbers((4, 64))
     w[2, 5] = np.nan
@@ -306,6 +310,7 @@ def test_nan_is_raised_at_the_wait(xp: Any) -> None:
         stream.synchronize()  # said once
 
 
+@pytest.mark.usefixtures("kernels")
 def test_two_gpus() -> None:
     """What is on one is not mistaken for what is on the other."""
     if "LD_LIBRARY_PATH" not in os.environ:
