@@ -168,7 +168,7 @@ class DevicePool:
 
     def empty(self, shape: int | Sequence[int], dtype: Any) -> Tensor:
         """A new dense tensor on the GPU, as HostPool.empty()."""
-        return self._pool.empty([shape] if isinstance(shape, int) else list(shape), _dtype_name(dtype))
+        return self._pool.empty(_shape(shape), _dtype_name(dtype))
 
     @property
     def device(self) -> int:

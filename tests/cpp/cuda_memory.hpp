@@ -5,10 +5,12 @@
 
 #include <cstddef>
 #include <cstring>
+#include <optional>
 #include <span>
 #include <vector>
 
-#include "core/shim/cuda.hpp"
+#include "driver/context.hpp"
+#include "narrowgauge/device.hpp"
 #include "narrowgauge/stream.hpp"
 
 namespace ng {
@@ -67,20 +69,28 @@ class CudaMemory {
   size_t bytes_ = 0;
 };
 
-// The device's primary context, current while this lives.
-class CudaContext {
- public:
-  explicit CudaContext(int device) {
-    cuda::Context context = nullptr;
-    cuda::driver()->cuDevicePrimaryCtxRetain(&context, device);
-    cuda::driver()->cuCtxPushCurrent_v2(context);
+// A test with a GPU and kernels: 16 MiB of its memory, given out from next_ on, and a stream.
+class CudaKernelTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    if (cuda::driver() == nullptr) GTEST_SKIP() << why_no_cuda();
+    if (cuda_architectures().empty()) GTEST_SKIP() << "this build has no kernels";
+    context_.emplace(0);
+    memory_.emplace(size_t{16} << 20, 0);
+    next_ = memory_->data();
+    stream_.emplace(Stream::create(0));
   }
-  ~CudaContext() {
-    cuda::Context context = nullptr;
-    cuda::driver()->cuCtxPopCurrent_v2(&context);
+  void TearDown() override {
+    // What was given to it must not reach memory that comes later.
+    if (stream_) {
+      EXPECT_NO_THROW(stream_->synchronize());
+    }
   }
-  CudaContext(const CudaContext&) = delete;
-  CudaContext& operator=(const CudaContext&) = delete;
+
+  std::optional<cuda::ContextScope> context_;  // first: it outlives the others
+  std::optional<CudaMemory> memory_;
+  std::byte* next_ = nullptr;
+  std::optional<Stream> stream_;
 };
 
 }  // namespace ng

@@ -41,23 +41,8 @@ std::vector<std::byte> as_bytes(const std::vector<float>& values, DType dtype) {
   return bytes;
 }
 
-class CudaLinearTest : public ::testing::Test {
+class CudaLinearTest : public CudaKernelTest {
  protected:
-  void SetUp() override {
-    if (cuda::driver() == nullptr) GTEST_SKIP() << why_no_cuda();
-    if (cuda_architectures().empty()) GTEST_SKIP() << "this build has no kernels";
-    context_ = std::make_unique<CudaContext>(0);
-    memory_ = std::make_unique<CudaMemory>(size_t{16} << 20, 0);
-    next_ = memory_->data();
-    stream_ = std::make_unique<Stream>(Stream::create(0));
-  }
-  void TearDown() override {
-    if (stream_) stream_->synchronize();  // what was given to it must not reach memory that comes later
-    stream_.reset();
-    memory_.reset();
-    context_.reset();
-  }
-
   std::byte* reserve(size_t bytes, unsigned char fill = 0xff) {
     std::byte* at = next_;
     next_ += (bytes + 255) / 256 * 256;
@@ -119,10 +104,6 @@ class CudaLinearTest : public ::testing::Test {
     }
   }
 
-  std::unique_ptr<CudaContext> context_;
-  std::unique_ptr<CudaMemory> memory_;
-  std::unique_ptr<Stream> stream_;
-  std::byte* next_ = nullptr;
   std::mt19937 random_{7};
 };
 

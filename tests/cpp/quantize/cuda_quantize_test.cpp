@@ -166,22 +166,8 @@ class OnDevice {
   std::byte* end_;
 };
 
-class CudaQuantizeTest : public ::testing::Test {
+class CudaQuantizeTest : public CudaKernelTest {
  protected:
-  void SetUp() override {
-    if (cuda::driver() == nullptr) GTEST_SKIP() << why_no_cuda();
-    if (cuda_architectures().empty()) GTEST_SKIP() << "this build has no kernels";
-    context_ = std::make_unique<CudaContext>(0);
-    memory_ = std::make_unique<CudaMemory>(size_t{16} << 20, 0);
-    next_ = memory_->data();
-    stream_ = std::make_unique<Stream>(Stream::create(0));
-  }
-  void TearDown() override {
-    stream_.reset();
-    memory_.reset();
-    context_.reset();
-  }
-
   std::byte* put(const std::vector<std::byte>& bytes, size_t skew = 0) {
     std::byte* at = next_ + 64 + skew;
     CudaMemory::upload(at, bytes, *stream_);
@@ -265,11 +251,6 @@ class CudaQuantizeTest : public ::testing::Test {
       }
     }
   }
-
-  std::unique_ptr<CudaContext> context_;
-  std::unique_ptr<CudaMemory> memory_;
-  std::unique_ptr<Stream> stream_;
-  std::byte* next_ = nullptr;
 };
 
 TEST_F(CudaQuantizeTest, EveryElementAndScaleEqualsTheCpu) { sweep(all_elements(), false); }
