@@ -59,11 +59,9 @@ class PySink final : public PageSink {
 class PyHostPool {
  public:
   PyHostPool(std::optional<size_t> limit, bool huge_pages, std::optional<int> numa_node)
-      : limit_(limit), host_(std::make_shared<HostPool>(HostPoolOptions{huge_pages, numa_node.value_or(-1)})) {
-    // The limit is outermost, so that its error shows the peak.
-    pool_ = std::make_shared<StatisticsPool>(host_);
-    if (limit) pool_ = std::make_shared<LimitPool>(std::move(pool_), *limit);
-  }
+      : limit_(limit),
+        host_(std::make_shared<HostPool>(HostPoolOptions{huge_pages, numa_node.value_or(-1)})),
+        pool_(counted(host_, limit)) {}
 
   HostPool& host() const noexcept { return *host_; }
   const std::shared_ptr<Pool>& pool() const noexcept { return pool_; }
@@ -76,6 +74,12 @@ class PyHostPool {
 };
 
 }  // namespace
+
+std::shared_ptr<Pool> counted(std::shared_ptr<Pool> pool, std::optional<size_t> limit) {
+  pool = std::make_shared<StatisticsPool>(std::move(pool));
+  if (limit) pool = std::make_shared<LimitPool>(std::move(pool), *limit);
+  return pool;
+}
 
 nb::dict statistics_of(const Pool& pool) {
   PoolStatistics counts;

@@ -16,13 +16,6 @@
 namespace ng::python {
 namespace {
 
-// With counts, and perhaps a limit; that is outermost, so that its error shows the peak.
-std::shared_ptr<Pool> counted(std::shared_ptr<Pool> pool, std::optional<size_t> limit) {
-  pool = std::make_shared<StatisticsPool>(std::move(pool));
-  if (limit) pool = std::make_shared<LimitPool>(std::move(pool), *limit);
-  return pool;
-}
-
 struct PyPinnedPool {
   PyPinnedPool(std::optional<size_t> limit_, int device)
       : limit(limit_), pool(counted(std::make_shared<PinnedPool>(device), limit)) {}

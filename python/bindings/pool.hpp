@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string_view>
 #include <vector>
 
@@ -14,6 +15,9 @@
 namespace ng::python {
 
 namespace nb = nanobind;
+
+// With counts, and perhaps a limit; that is outermost, so that its error shows the peak.
+std::shared_ptr<Pool> counted(std::shared_ptr<Pool> pool, std::optional<size_t> limit);
 
 // The fields of the pool's PoolStatistics by their names.
 nb::dict statistics_of(const Pool& pool);
