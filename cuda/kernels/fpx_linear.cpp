@@ -13,6 +13,7 @@
 #include "narrowgauge/device.hpp"
 #include "narrowgauge/error.hpp"
 #include "narrowgauge/linear.hpp"
+#include "narrowgauge/linear_plan.hpp"
 #include "quantize/cuda_layout.hpp"
 
 namespace ng {
@@ -39,6 +40,20 @@ enum class Activations : uint8_t { f16, bf16, f16_wide };
 // Whether some values of the element are beyond fp16's. Those of fp8_e5m2 are not: its largest exponent is special.
 bool is_wide(const Element& e) {
   return e.kind == ElementKind::fp && (e.exponent_bits > 5 || (e.exponent_bits == 5 && e.bits != 8));
+}
+
+// What decodes products of x with the element.
+Activations activations_of(const Element& element, DType x) {
+  NG_CHECK(x == DType::f16 || x == DType::bf16, InvalidArgument, "x is ", dtype_name(x),
+           " on a device; expected float16 or bfloat16");
+  if (x == DType::bf16) return Activations::bf16;
+  return is_wide(element) ? Activations::f16_wide : Activations::f16;
+}
+
+// Numbers that a decoded weight is the sum of (kTerms of fpx_decode.cuh).
+int terms_of(const Element& element, Activations activations) {
+  if (element.kind != ElementKind::nf4) return 1;
+  return activations == Activations::f16 ? 2 : 3;
 }
 
 const cuda::Image& image_of(const Element& element, Activations activations) {
@@ -200,24 +215,53 @@ int multiprocessors(int device) {
 
 unsigned blocks(int64_t elements, int64_t each) { return static_cast<unsigned>((elements + each - 1) / each); }
 
+int64_t workspace_bytes(const cuda::FpxPlan& plan, int64_t rows, int64_t n) {
+  return plan.splits == 1 ? 0 : plan.splits * rows * n * static_cast<int64_t>(sizeof(float));
+}
+
 }  // namespace
 
 // --- public --------------------------------------------------------------------------------------------------------
+
+CudaLinearPlan cuda_linear_plan(int64_t rows, const Format& format, int64_t n, int64_t k, DType x,
+                                int multiprocessors) {
+  NG_CHECK(rows > 0 && n > 0 && k > 0, InvalidArgument, "a product of [", rows, ", ", k, "] by [", n, ", ", k,
+           "]; expected sizes of at least 1");
+  NG_CHECK(multiprocessors > 0, InvalidArgument, multiprocessors, " multiprocessors; expected at least 1");
+  const Activations activations = activations_of(format.element, x);
+  const CudaLayout layout(format, n, k);
+  const cuda::FpxPlan plan = cuda::fpx_plan(rows, n, k, format, multiprocessors);
+  const cuda::FpxTile& tile = cuda::kTiles[plan.tile];
+  const auto record_bytes = static_cast<int>(layout.record_bytes);
+  const int64_t quantum = cuda::fpx_quantum(format);
+  return {.kernel = kernel_of(format.element, activations, plan.tile).name,
+          .x_rows = tile.x_rows,
+          .weight_rows = tile.weight_rows(),
+          .threads = tile.threads(),
+          .stages = tile.stages,
+          .stage_bytes = tile.stage_bytes(format.element.bits, record_bytes),
+          .teams = tile.teams,
+          .shared_bytes = tile.shared_bytes(format.element.bits, record_bytes) + tile.scratch_bytes(),
+          .resident = tile.resident(terms_of(format.element, activations)),
+          .splits = plan.splits,
+          .blocks = int64_t{blocks(n, tile.weight_rows())} * blocks(rows, tile.x_rows) * plan.splits,
+          .block_stages = std::min(layout.stages,
+                                   blocks(blocks(layout.stages, quantum), int64_t{plan.splits} * tile.teams) * quantum),
+          .workspace_bytes = workspace_bytes(plan, rows, n)};
+}
 
 int64_t linear_workspace_bytes(int64_t rows, const Format& format, int64_t n, int64_t k, int device) {
   canonical_bytes(format, n, k);  // checks n and k
   NG_CHECK(rows >= 0, InvalidArgument, "linear_workspace_bytes: ", rows, " rows; expected at least 0");
   if (rows == 0 || n == 0 || k == 0) return 0;
-  const cuda::FpxPlan plan = cuda::fpx_plan(rows, n, k, format, multiprocessors(device));
-  return plan.splits == 1 ? 0 : plan.splits * rows * n * static_cast<int64_t>(sizeof(float));
+  return workspace_bytes(cuda::fpx_plan(rows, n, k, format, multiprocessors(device)), rows, n);
 }
 
 void linear(const TensorView& x_tensor, const PackedView& packed, const TensorView* bias, const TensorView& y_tensor,
             void* workspace, const Stream& stream) {
   const MatrixView x = as_matrix(x_tensor, "x");
   const MatrixView y = as_matrix(y_tensor, "y");
-  NG_CHECK(x.dtype == DType::f16 || x.dtype == DType::bf16, InvalidArgument, "x is ", dtype_name(x.dtype),
-           " on a device; expected float16 or bfloat16");
+  const Activations activations = activations_of(packed.format.element, x.dtype);
   NG_CHECK(x.cols == packed.cols, InvalidArgument, "x has shape ", x_tensor.shape_str(), "; expected [.., ",
            packed.cols, "] for weights [", packed.rows, ", ", packed.cols, "]");
   NG_CHECK(y.rows == x.rows && y.cols == packed.rows, InvalidArgument, "y has shape ", y_tensor.shape_str(),
@@ -244,9 +288,6 @@ void linear(const TensorView& x_tensor, const PackedView& packed, const TensorVi
   if (x.rows == 0 || packed.rows == 0) return;
 
   const Element& element = packed.format.element;
-  const Activations activations = x.dtype == DType::bf16 ? Activations::bf16
-                                  : is_wide(element)     ? Activations::f16_wide
-                                                         : Activations::f16;
   args.out.y = y.data;
   args.out.y_stride = y.row_stride;
   args.out.n = static_cast<int32_t>(packed.rows);

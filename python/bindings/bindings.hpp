@@ -13,6 +13,7 @@ namespace nb = nanobind;
 void bind_format(nb::module_& module);
 void bind_quantize(nb::module_& module);
 void bind_linear(nb::module_& module);
+void bind_linear_plan(nb::module_& module);
 void bind_device(nb::module_& module);
 void bind_stream(nb::module_& module);
 void bind_tensor(nb::module_& module);

@@ -47,6 +47,7 @@ NB_MODULE(_native, module) {
   bind_format(module);
   bind_quantize(module);
   bind_linear(module);
+  bind_linear_plan(module);
   bind_device(module);
   bind_stream(module);
   bind_tensor(module);

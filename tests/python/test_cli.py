@@ -70,6 +70,8 @@ def test_help(run):
         ["nonsense"],
         ["generate"],
         ["bench", "0"],
+        ["bench", "64", "64", "--device", "a100"],
+        ["bench", "64", "64", "--explain", "--device", "abacus"],
         ["quantize", "a", "b", "--map", "no-equals-sign"],
         ["quantize", "a", "b", "--scale-search", "best"],
         ["eval", "m", "--text", "t", "--dtype", "int3"],
@@ -284,6 +286,43 @@ def test_bench(run, tmp_path):
     ]  # fmt: skip
     assert all(0 < row["p10"] <= row["median"] and row["limit"] > 0 for row in report["rows"])
     assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_explains_the_cpu(run, monkeypatch):
+    from narrowgauge.cli import doctor
+
+    monkeypatch.setattr(doctor, "read_bandwidth", lambda: 10.0)
+    code, out, _ = run("bench", 4096, 4096, 1, "--explain", "--format", "fp6")
+    assert code == 0 and "direct" in out and "10.0 GB/s" in out
+    report = json_of(run("bench", 4096, 4096, 500, "--explain", "--format", "fp6", "--format", "int8", "--json"))
+    assert [plan["format"] for plan in report["plans"]] == ["fp6_e2m3:g128:fp16", "int8:row:fp32"]
+    for plan in report["plans"]:
+        assert not plan["direct"] and plan["passes"] * plan["pass_rows"] >= 500
+        assert plan["tasks"] * plan["task_rows"] >= 4096
+        assert plan["seconds"] == plan["bytes"] / 10e9
+    monkeypatch.setattr(doctor, "read_bandwidth", lambda: None)
+    assert json_of(run("bench", 64, 64, "--explain", "--json"))["plans"][0]["seconds"] is None
+
+
+def test_bench_explains_a_gpu_that_is_not_there(run):
+    arguments = ["bench", 8192, 8192, 16, "--explain", "--format", "fp6", "--dtype", "float16"]
+    code, out, _ = run(*arguments, "--device", "a100")
+    assert code == 0 and "fpx_linear_f16_fp6_m16" in out and "108 multiprocessors" in out
+    assert "nothing was measured" in out
+    (a100,) = json_of(run(*arguments, "--device", "a100", "--json"))["plans"]
+    (h100,) = json_of(run(*arguments, "--device", "h100", "--json"))["plans"]
+    assert a100["bytes"] == 8192 * 8192 * 6.125 / 8 + 2 * 16 * 2 * 8192
+    assert a100["seconds"] > a100["bytes"] / 2039e9 > h100["seconds"] > h100["bytes"] / 3352e9
+    code, out, err = run(*arguments, "--device", "a100", "--dtype", "float32")
+    assert code == 1 and out == "" and "float32 on a device" in err
+
+
+@pytest.mark.cuda
+def test_bench_explains_a_gpu(run):
+    if not ng.cuda.is_available():
+        pytest.skip(ng.cuda.why_unavailable())
+    (plan,) = json_of(run("bench", 128, 256, 1, "--explain", "--format", "fp6", "--device", "cuda", "--json"))["plans"]
+    assert plan["kernel"] == "fpx_linear_bf16_fp6_m8" and plan["blocks"] == 2 * plan["splits"]
 
 
 def test_demo(run, gguf_file, text_file, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@
 #include "cpu/kernels.hpp"
 #include "narrowgauge/device.hpp"
 #include "narrowgauge/error.hpp"
+#include "narrowgauge/linear_plan.hpp"
 
 namespace ng {
 namespace {
@@ -118,7 +119,8 @@ float* scratch(size_t slot, size_t count) {
   return reinterpret_cast<float*>(buffer.data());
 }
 
-int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t value, int64_t step) { return ceil_div(value, step) * step; }
 
 // Rows [first, first + rows) of x as floats in tiles: out[tile][padded_cols][tile_rows], missing rows and columns zero.
 void load_tiles(const cpu::LinearKernels& k, const MatrixView& x, cpu::Real type, int64_t first, int64_t rows,
@@ -165,6 +167,27 @@ int64_t task_grain(int64_t units, int64_t rows) {
   constexpr double kTask = 4000;
   const double piece = static_cast<double>(std::max<int64_t>(units, 1)) * (8 + 2.5 * static_cast<double>(rows));
   return std::max<int64_t>(1, static_cast<int64_t>(kTask / piece));
+}
+
+CpuLinearPlan plan_of(const cpu::LinearKernels& k, int64_t rows, const PackedLayout& layout) {
+  CpuLinearPlan plan;
+  plan.direct = rows <= 2 * k.direct_rows;
+  int64_t grain = 0;  // blocks
+  if (plan.direct) {
+    // Two tiles at the most: the second finds a task's weights in the cache, which still beats a panel.
+    plan.x_rows = direct_tile(std::min<int64_t>(rows, k.direct_rows));
+    plan.second_x_rows = rows > k.direct_rows ? direct_tile(rows - k.direct_rows) : 0;
+    plan.pass_rows = rows;
+    grain = task_grain(layout.units, rows);
+  } else {
+    plan.x_rows = k.tile_rows;
+    plan.pass_rows = std::min(rows, kRowsPerPass);
+    grain = k.panel_blocks * task_grain(layout.units * k.panel_blocks, plan.pass_rows);
+  }
+  plan.passes = ceil_div(rows, plan.pass_rows);
+  plan.task_rows = grain * kBlockRows;
+  plan.tasks = ceil_div(layout.blocks, grain) * plan.passes;
+  return plan;
 }
 
 // Sums of panels for one tile of rows after another, shared by the forward and backward passes.
@@ -236,6 +259,14 @@ const float* load_bias(const cpu::LinearKernels& k, const TensorView* bias, int6
 
 }  // namespace
 
+CpuLinearPlan cpu_linear_plan(int64_t rows, const Format& format, int64_t n, int64_t k) {
+  NG_CHECK(rows > 0 && n > 0 && k > 0, InvalidArgument, "a product of [", rows, ", ", k, "] by [", n, ", ", k,
+           "]; expected sizes of at least 1");
+  CpuLinearPlan plan = plan_of(kernels(), rows, PackedLayout(format, n, k));
+  plan.isa = isa();
+  return plan;
+}
+
 void linear(const TensorView& x_tensor, const PackedView& packed, const TensorView* bias_tensor,
             const TensorView& y_tensor, Executor& executor) {
   const MatrixView x = as_matrix(x_tensor, "x");
@@ -255,12 +286,13 @@ void linear(const TensorView& x_tensor, const PackedView& packed, const TensorVi
   const cpu::DecodedKernels decoded = k.decoded(*w.tables, w.zeros != nullptr);
   const int64_t padded_cols = layout.units * 16;
 
-  if (x.rows <= 2 * k.direct_rows) {
-    // Two tiles at the most: the second finds a task's weights in the cache, which still beats a panel.
+  const CpuLinearPlan plan = plan_of(k, x.rows, layout);
+
+  if (plan.direct) {
     const int64_t first_rows = std::min<int64_t>(x.rows, k.direct_rows);
     const int64_t second_rows = x.rows - first_rows;
-    const int64_t first_tile = direct_tile(first_rows);
-    const int64_t second_tile = direct_tile(second_rows);
+    const int64_t first_tile = plan.x_rows;
+    const int64_t second_tile = plan.second_x_rows;
     float* first_x = scratch(0, static_cast<size_t>(padded_cols * (first_tile + second_tile)));
     float* second_x = first_x + padded_cols * first_tile;
     load_tiles(k, x, x_type, 0, first_rows, first_tile, padded_cols, first_x, executor);
@@ -269,14 +301,14 @@ void linear(const TensorView& x_tensor, const PackedView& packed, const TensorVi
     }
     const cpu::Output first_out = output_rows(y, y_type, bias, 0);
     const cpu::Output second_out = output_rows(y, y_type, bias, first_rows);
-    executor.parallel_for(layout.blocks, task_grain(layout.units, x.rows), [&](int64_t begin, int64_t end) {
+    executor.parallel_for(layout.blocks, plan.task_rows / kBlockRows, [&](int64_t begin, int64_t end) {
       decoded.direct(w, first_x, static_cast<int>(first_rows), first_out, begin, end);
       if (second_rows > 0) decoded.direct(w, second_x, static_cast<int>(second_rows), second_out, begin, end);
     });
     return;
   }
-  for (int64_t first = 0; first < x.rows; first += kRowsPerPass) {
-    const int64_t rows = std::min(kRowsPerPass, x.rows - first);
+  for (int64_t first = 0; first < x.rows; first += plan.pass_rows) {
+    const int64_t rows = std::min(plan.pass_rows, x.rows - first);
     const int64_t padded_rows = round_up(rows, k.tile_rows);
     float* x_tiles = scratch(0, static_cast<size_t>(padded_rows * padded_cols));
     load_tiles(k, x, x_type, first, rows, k.tile_rows, padded_cols, x_tiles, executor);

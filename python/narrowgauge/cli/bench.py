@@ -2,12 +2,13 @@
 
 Each contender has enough copies of its weights that none is found in a cache; contenders take turns, pass by pass,
 and every matmul is timed by itself. bench/linear.py of the sources is the full protocol; this is its short form.
+With --explain it says what linear would do, and times nothing (explain.py).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -48,12 +49,19 @@ def command(
     rotate: Annotated[int, typer.Option(min=1, help="MB of weights to go through per contender.")] = 256,
     seconds: Annotated[float, typer.Option(min=0.1, help="How long to measure.")] = 10.0,
     png: Annotated[Path | None, typer.Option(help="Write a bar chart here.")] = None,
+    explain: Annotated[bool, typer.Option(help="Say which kernel would run, and why; time nothing.")] = False,
+    device: Annotated[str, typer.Option(help="For --explain: cpu, cuda, cuda:1, a100, h100, a10 or 4070tis.")] = "cpu",
     json: JsonOption = False,
 ) -> None:
     """Time y = x @ w.T for weights N x K and M tokens, narrow formats beside torch bf16 and fp32."""
     from narrowgauge.cli.generate import parse_dtype
 
     output = Output(json)
+    if explain:
+        _explain(output, n, k, m, format or _FORMATS, device, dtype)
+        return
+    if device != "cpu":
+        raise typer.BadParameter(f"'{device}' is for --explain; bench/gpu.py of the sources times GPUs")
     torch = require("torch", "torch")
     if png is not None:
         require("matplotlib", "demo")
@@ -99,6 +107,17 @@ def command(
     if png is not None:
         _plot(timings, title, png)
         output.note(f"wrote {png}")
+
+
+def _explain(output: Output, n: int, k: int, m: int, formats: Sequence[str], device: str, dtype: str) -> None:
+    from narrowgauge.cli.explain import explain
+
+    plans = [explain(n, k, m, format, device, dtype) for format in formats]
+    title = f"N={n} K={k} M={m}, x {dtype}"
+    output.result(
+        {"n": n, "k": k, "m": m, "activations": dtype, "plans": [values for values, _ in plans]},
+        *(table([values["format"], "", "why"], facts, title) for values, facts in plans),
+    )
 
 
 def measure(contenders: list[Contender], seconds: float) -> list[Timing]:
