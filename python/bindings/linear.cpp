@@ -1,9 +1,12 @@
 // Binds narrowgauge/linear.hpp: the call that is made for every layer and token, so the one whose overhead counts.
 #include "narrowgauge/linear.hpp"
 
+#include <memory>
 #include <optional>
+#include <utility>
 
 #include "bindings.hpp"
+#include "narrowgauge/memory.hpp"
 #include "packed.hpp"
 
 namespace ng::python {
@@ -24,31 +27,52 @@ struct Allocated {
   TensorView view;
 };
 
-// A new array of the framework whose table is given, with `like`'s dtype and leading axes and `cols` columns.
-Allocated allocate(const dlpack::ExchangeApi& api, const TensorView& like, int64_t cols) {
-  TensorView view = like;
-  view.shape[static_cast<size_t>(like.ndim - 1)] = cols;
+// A new array of the framework whose table is given, dense, of the prototype's dtype, shape and device.
+Allocated allocate(const dlpack::ExchangeApi& api, TensorView prototype, Device device) {
   int64_t stride = 1;
-  for (auto axis = static_cast<size_t>(like.ndim); axis-- > 0;) {
-    view.strides[axis] = stride;
-    stride *= view.shape[axis];
+  for (auto axis = static_cast<size_t>(prototype.ndim); axis-- > 0;) {
+    prototype.strides[axis] = stride;
+    stride *= prototype.shape[axis];
   }
-  const DLType dtype = dtype_dlpack(like.dtype);
-  dlpack::Tensor prototype{.data = nullptr,
-                           .device = {dlpack::kCpu, 0},
-                           .ndim = like.ndim,
-                           .dtype = {dtype.code, dtype.bits, 1},
-                           .shape = view.shape.data(),
-                           .strides = nullptr,
-                           .byte_offset = 0};
+  const DLType dtype = dtype_dlpack(prototype.dtype);
+  const auto place = device.is_cpu() ? dlpack::Device{dlpack::kCpu, 0} : dlpack::Device{dlpack::kCuda, device.gpu};
+  dlpack::Tensor wanted{.data = nullptr,
+                        .device = place,
+                        .ndim = prototype.ndim,
+                        .dtype = {dtype.code, dtype.bits, 1},
+                        .shape = prototype.shape.data(),
+                        .strides = nullptr,
+                        .byte_offset = 0};
   dlpack::ManagedTensor* managed = nullptr;
-  if (api.allocate(&prototype, &managed, nullptr, set_python_error) != 0) nb::raise_python_error();
-  if (managed->tensor.data != nullptr)
-    view.data = static_cast<char*>(managed->tensor.data) + managed->tensor.byte_offset;
+  if (api.allocate(&wanted, &managed, nullptr, set_python_error) != 0) nb::raise_python_error();
+  prototype.data = managed->tensor.data;
+  if (prototype.data != nullptr) {
+    prototype.data = static_cast<char*>(managed->tensor.data) + managed->tensor.byte_offset;
+  }
   void* object = nullptr;
   if (api.managed_to_object(managed, &object) != 0) nb::raise_python_error();
-  return {nb::steal(static_cast<PyObject*>(object)), view};
+  return {nb::steal(static_cast<PyObject*>(object)), prototype};
 }
+
+// What the kernels of a GPU need beside their arguments, for one call. From the allocator of x's framework, so that
+// the graphs that it captures keep it, else from the default pool; given back in the stream's order.
+class Workspace {
+ public:
+  Workspace(const dlpack::ExchangeApi* api, int64_t bytes, const Stream& stream) {
+    if (bytes == 0) return;
+    if (api != nullptr) {
+      theirs_ = allocate(*api, {nullptr, DType::u8, {bytes}}, {stream.device()});
+    } else {
+      auto pool = std::make_shared<StreamPool>(default_device_pool(stream.device()), stream);
+      ours_ = Tensor::empty(std::move(pool), {&bytes, 1}, DType::u8);
+    }
+  }
+  void* data() const noexcept { return theirs_.object.is_valid() ? theirs_.view.data : ours_->data; }
+
+ private:
+  Allocated theirs_;
+  Tensor ours_;
+};
 
 // Whether the leading axes flatten to one stride and the rows are dense, as the core demands.
 bool is_matrix(const TensorView& view) noexcept {
@@ -62,41 +86,82 @@ bool is_matrix(const TensorView& view) noexcept {
   return true;
 }
 
-using Function = void (*)(const TensorView& in, const PackedView& weights, const TensorView* bias,
-                          const TensorView& out);
+// linear or its gradient, and what the argument is called.
+struct Product {
+  const char* in;
+  void (*on_cpu)(const TensorView& in, const PackedView& weights, const TensorView* bias, const TensorView& out);
+  // Null: it has no kernels there.
+  void (*on_gpu)(const TensorView& in, const PackedView& weights, const TensorView* bias, const TensorView& out,
+                 void* workspace, const Stream& stream);
+};
 
-nb::object apply(Function function, nb::handle in_object, const char* in_name, const PackedMatrix& weights,
-                 nb::handle bias_object, nb::handle out_object, const char* out_name, int64_t out_cols) {
-  const BorrowedTensor packed(weights.array(), "packed");
-  const BorrowedTensor in(in_object, in_name);
-  require_float(in.view(), in_name);
+int64_t rows_of(const TensorView& view) noexcept {
+  int64_t rows = 1;
+  for (size_t axis = 0; axis + 1 < static_cast<size_t>(view.ndim); ++axis) rows *= view.shape[axis];
+  return rows;
+}
+
+// Where the weights are; all else must be there too.
+nb::object apply(const Product& product, nb::handle in_object, const PackedMatrix& weights, nb::handle bias_object,
+                 nb::handle out_object, int64_t out_cols) {
+  const Where where = product.on_gpu != nullptr ? Where::anywhere : Where::host;
+  const BorrowedTensor packed(weights.array(), "packed", Access::read, where);
+  const Device device = packed.device();
+  const BorrowedTensor in(in_object, product.in, Access::read, where);
+  require_float(in.view(), product.in);
+  require_device(in, device, product.in);
   std::optional<BorrowedTensor> bias;
   if (!bias_object.is_none()) {
-    bias.emplace(bias_object, "bias");
+    bias.emplace(bias_object, "bias", Access::read, where);
     require_float(bias->view(), "bias");
+    require_device(*bias, device, "bias");
   }
+  const dlpack::ExchangeApi* api = exchange_api(Py_TYPE(in_object.ptr()));
   std::optional<Allocated> allocated;
   std::optional<BorrowedTensor> out;
   if (out_object.is_none()) {
-    const dlpack::ExchangeApi* api = exchange_api(Py_TYPE(in_object.ptr()));
-    NG_CHECK(api != nullptr && in->ndim > 0, InvalidArgument, out_name, " is missing");
-    allocated.emplace(allocate(*api, in.view(), out_cols));
+    NG_CHECK(api != nullptr && in->ndim > 0, InvalidArgument, "out is missing");
+    TensorView prototype = in.view();
+    prototype.shape[static_cast<size_t>(prototype.ndim - 1)] = out_cols;
+    allocated.emplace(allocate(*api, prototype, device));
   } else {
-    out.emplace(out_object, out_name, Access::write);
-    require_float(out->view(), out_name);
+    out.emplace(out_object, "out", Access::write, where);
+    require_float(out->view(), "out");
+    require_device(*out, device, "out");
   }
   const TensorView& result = allocated ? allocated->view : out->view();
 
   const PackedView view = weights.view(packed);
   const TensorView* bias_view = bias ? &bias->view() : nullptr;
-  if (in->numel() * out_cols < kKeepGilBelow) {
-    function(in.view(), view, bias_view, result);
+  if (!device.is_cpu()) {
+    const int64_t bytes =
+        linear_workspace_bytes(rows_of(in.view()), weights.format(), weights.rows(), weights.cols(), device.gpu);
+    const Workspace workspace(api, bytes, in.stream());
+    const nb::gil_scoped_release release;
+    product.on_gpu(in.view(), view, bias_view, result, workspace.data(), in.stream());
+  } else if (in->numel() * out_cols < kKeepGilBelow) {
+    product.on_cpu(in.view(), view, bias_view, result);
   } else {
     const nb::gil_scoped_release release;
-    function(in.view(), view, bias_view, result);
+    product.on_cpu(in.view(), view, bias_view, result);
   }
   return allocated ? std::move(allocated->object) : nb::borrow(out_object);
 }
+
+constexpr Product kLinear{
+    "x",
+    [](const TensorView& x, const PackedView& weights, const TensorView* bias, const TensorView& y) {
+      linear(x, weights, bias, y, default_executor());
+    },
+    [](const TensorView& x, const PackedView& weights, const TensorView* bias, const TensorView& y, void* workspace,
+       const Stream& stream) { linear(x, weights, bias, y, workspace, stream); }};
+
+constexpr Product kBackward{
+    "dy",
+    [](const TensorView& dy, const PackedView& weights, const TensorView*, const TensorView& dx) {
+      linear_backward_input(dy, weights, dx, default_executor());
+    },
+    nullptr};
 
 }  // namespace
 
@@ -104,24 +169,24 @@ void bind_linear(nb::module_& module) {
   module.def(
       "linear",
       [](nb::handle x, const PackedMatrix& weights, nb::handle bias, nb::handle out) {
-        return apply([](const TensorView& in, const PackedView& w, const TensorView* b,
-                        const TensorView& y) { linear(in, w, b, y, default_executor()); },
-                     x, "x", weights, bias, out, "out", weights.rows());
+        return apply(kLinear, x, weights, bias, out, weights.rows());
       },
       "x"_a, "weights"_a, "bias"_a.none() = nb::none(), "out"_a.none() = nb::none(),
-      "y = x @ w.T + bias. `out` may be left out where x's framework can allocate by DLPack (torch).");
+      "y = x @ w.T + bias, where the weights are; on a GPU in the current stream of x's framework, and nothing waits. "
+      "`out` may be left out where x's framework can allocate by DLPack (torch).");
 
   module.def(
       "linear_backward_input",
       [](nb::handle dy, const PackedMatrix& weights, nb::handle out) {
-        return apply([](const TensorView& in, const PackedView& w, const TensorView*,
-                        const TensorView& dx) { linear_backward_input(in, w, dx, default_executor()); },
-                     dy, "dy", weights, nb::none(), out, "out", weights.cols());
+        return apply(kBackward, dy, weights, nb::none(), out, weights.cols());
       },
-      "dy"_a, "weights"_a, "out"_a.none() = nb::none(), "dx = dy @ w. `out` as for linear.");
+      "dy"_a, "weights"_a, "out"_a.none() = nb::none(), "dx = dy @ w, on the CPU. `out` as for linear.");
 
   module.def(
-      "is_matrix", [](nb::handle array, const char* name) { return is_matrix(BorrowedTensor(array, name).view()); },
+      "is_matrix",
+      [](nb::handle array, const char* name) {
+        return is_matrix(BorrowedTensor(array, name, Access::read, Where::anywhere).view());
+      },
       "array"_a, "name"_a = "array",
       "Whether linear takes the array as it is: dense rows, leading axes that flatten to one stride.");
 }

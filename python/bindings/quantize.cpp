@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "bindings.hpp"
+#include "narrowgauge/memory.hpp"
 #include "packed.hpp"
 
 namespace ng::python {
@@ -98,24 +99,42 @@ void dequantize_into(const Format& format, int64_t rows, int64_t cols, nb::handl
   }
 }
 
+// For the device that `packed` is on; a GPU's block is made on the host and copied, which is waited for.
 PackedMatrix pack_into(const Format& format, int64_t rows, int64_t cols, nb::handle codes, nb::handle scales,
                        nb::handle zeros, nb::handle global_scale, nb::object packed) {
   const BorrowedCanonical matrix(format, rows, cols, codes, scales, zeros, global_scale, Access::read);
   PackedMatrix result(packed, format, rows, cols);
-  const BorrowedTensor output(packed, "packed", Access::write);
+  const BorrowedTensor output(packed, "packed", Access::write, Where::anywhere);
   auto* data = const_cast<uint8_t*>(result.view(output).data);
   const nb::gil_scoped_release release;
-  pack(matrix.view(), data, default_executor());
+  if (output.device().is_cpu()) {
+    pack(matrix.view(), data, default_executor());
+  } else {
+    Buffer block(result.bytes());
+    pack_cuda(matrix.view(), reinterpret_cast<uint8_t*>(block.data()), default_executor());
+    copy(data, block.data(), block.size(), output.stream());
+    output.stream().synchronize();
+  }
   return result;
 }
 
+// Into arrays on the host, from whatever device.
 void unpack_into(const PackedMatrix& matrix, nb::handle codes, nb::handle scales, nb::handle zeros,
                  nb::handle global_scale) {
-  const BorrowedTensor packed(matrix.array(), "packed");
+  const BorrowedTensor packed(matrix.array(), "packed", Access::read, Where::anywhere);
   const BorrowedCanonical out(matrix.format(), matrix.rows(), matrix.cols(), codes, scales, zeros, global_scale,
                               Access::write);
+  PackedView view = matrix.view(packed);
   const nb::gil_scoped_release release;
-  unpack(matrix.view(packed), out.view(), default_executor());
+  if (packed.device().is_cpu()) {
+    unpack(view, out.view(), default_executor());
+    return;
+  }
+  Buffer block(matrix.bytes());
+  copy(block.data(), view.data, block.size(), packed.stream());
+  packed.stream().synchronize();
+  view.data = reinterpret_cast<const uint8_t*>(block.data());
+  unpack_cuda(view, out.view(), default_executor());
 }
 
 void gather_rows_into(const PackedMatrix& matrix, nb::handle indices, nb::handle out) {
@@ -135,7 +154,8 @@ void gather_rows_into(const PackedMatrix& matrix, nb::handle indices, nb::handle
 
 void bind_quantize(nb::module_& module) {
   nb::class_<PackedMatrix>(module, "PackedMatrix", nb::is_final(),
-                           "A packed block in a u8 array aligned to 64 bytes, with its format and size.")
+                           "A packed block in a u8 array, with its format and size; in the layout of the array's "
+                           "device, aligned to 64 bytes, on a GPU to 128.")
       .def(nb::init<nb::object, const Format&, int64_t, int64_t>(), "array"_a, "format"_a, "rows"_a, "cols"_a)
       .def_prop_ro("array", &PackedMatrix::array)
       .def_prop_ro("format", &PackedMatrix::format)
@@ -149,7 +169,12 @@ void bind_quantize(nb::module_& module) {
         return nb::make_tuple(bytes.codes, bytes.scales, bytes.zeros, bytes.global_scale);
       },
       "format"_a, "rows"_a, "cols"_a, "Bytes of (codes, scales, zeros, global_scale).");
-  module.def("packed_bytes", &packed_bytes, "format"_a, "rows"_a, "cols"_a);
+  module.def(
+      "packed_bytes",
+      [](const Format& format, int64_t rows, int64_t cols, std::string_view device) {
+        return packed_bytes(format, rows, cols, Device::parse(device));
+      },
+      "format"_a, "rows"_a, "cols"_a, "device"_a = "cpu", "Bytes of a block that is packed for a device.");
 
   module.def("quantize", &quantize_into, "weights"_a, "format"_a, "rows"_a, "cols"_a, "codes"_a, "scales"_a,
              "zeros"_a.none(), "global_scale"_a.none(), "search"_a, "nan"_a, "stochastic"_a, "seed"_a, "full_range"_a,

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from narrowgauge import _native
+from narrowgauge.errors import CudaError
 
 Array = Any  # a torch.Tensor, a numpy.ndarray, or on a GPU a narrowgauge.Tensor
 
@@ -30,12 +31,16 @@ class Arrays(ABC):
     pickles = True
 
     @abstractmethod
+    def on(self, device: str) -> Arrays:
+        """What makes this library's arrays on another device; on the host, those of numpy for narrowgauge's."""
+
+    @abstractmethod
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
         """A new dense array on the device."""
 
     @abstractmethod
     def block(self, size: int) -> Array:
-        """`size` bytes aligned to 64, advised for huge pages and not yet touched."""
+        """`size` bytes, not yet touched: on the host aligned to 64 and advised for huge pages, on a GPU to 128."""
 
     @abstractmethod
     def dtype_name(self, dtype: Any) -> str:
@@ -100,6 +105,9 @@ class NumpyArrays(Arrays):
             return self.numpy.dtype("uint16")  # the bits
         return self.numpy.dtype(ml_dtypes.bfloat16)
 
+    def on(self, device: str) -> Arrays:
+        return self if device == "cpu" else library("narrowgauge", device)
+
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
         return self.numpy.empty(shape, self._dtype(dtype))
 
@@ -159,6 +167,14 @@ class TorchArrays(Arrays):
         # Run on torch's own threads, so that the two libraries do not compete for the cores.
         _native.adopt_openmp()
 
+    def on(self, device: str) -> Arrays:
+        if device != "cpu" and not self.torch.cuda.is_available():
+            raise CudaError(
+                f"torch {self.torch.__version__} has no CUDA device, expected one for tensors on {device}; matrices "
+                "made from numpy arrays need none"
+            )
+        return library("torch", device)
+
     # Weights outlive the mode in which they are made: a tensor born in inference mode could not be saved for a
     # backward pass later.
 
@@ -168,7 +184,8 @@ class TorchArrays(Arrays):
 
     def block(self, size: int) -> Array:
         block = self.empty((size,), "uint8")
-        _native.advise_huge_pages(block)
+        if self.device == "cpu":
+            _native.advise_huge_pages(block)
         return block
 
     def dtype_name(self, dtype: Any) -> str:
@@ -217,6 +234,9 @@ class DeviceArrays(Arrays):
     def __init__(self, device: str) -> None:
         self.device = device
 
+    def on(self, device: str) -> Arrays:
+        return library("numpy") if device == "cpu" else library("narrowgauge", device)
+
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
         return _native.empty(list(shape), dtype, self.device)
 
@@ -253,7 +273,7 @@ class DeviceArrays(Arrays):
         return array
 
     def arange(self, stop: int) -> Array:
-        raise NotImplementedError  # packed matrices are the CPU's
+        raise NotImplementedError  # rows are gathered on the CPU
 
     def host(self, array: Array) -> Array:
         numpy = library("numpy")

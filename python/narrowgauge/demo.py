@@ -1,9 +1,13 @@
-"""The demo: one real model in several formats, each with its bytes, its perplexity and its speed in decoding.
+"""The demo: one real model in several formats, each with its bytes, its perplexity and its speed in decoding; or a
+slice of the model with its narrow layers on a GPU.
 
 run() measures and returns; it prints nothing. Perplexity is taken with fp32 activations, through the narrow layers
 themselves. Decoding is timed with all that is not narrow (embedding, norms, attention, head, key-value cache) in bf16
 and again in fp32, for the narrow rows as for torch's, and the better of the two counts. All models decode in turns,
 in one process, with the same loop and the same threads.
+
+run_on_gpu() compares and times nothing: the products of the narrow layers are the GPU's, all else is torch's on the
+CPU, so that it needs no torch with CUDA and runs on a simulated GPU too.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ SAVED_FORMAT = "fp6"  # of the model that is saved, loaded again and compared
 WINDOWS, WINDOW = 8, 512
 PROMPT = "Once upon a time, there was a little girl who"
 GENERATED_TOKENS = 40
+SLICE_LAYERS, SLICE_TOKENS = 1, 4  # on a GPU: few enough for a simulated one
 
 _WITH_HEAD = f"{HEAD_FORMAT} + head"
 _MEANING = {
@@ -118,6 +123,29 @@ class Result:
         return {**asdict(self), "rows": [{**asdict(row), **each} for row, each in zip(self.rows, more, strict=True)]}
 
 
+@dataclass(frozen=True)
+class Slice:
+    """The first layers of a model, with their narrow weights and products on a GPU, beside the same on the CPU."""
+
+    source: str
+    device: str
+    gpu: str
+    format: str
+    layers: int
+    layers_of_model: int
+    matrices: int  # that are narrow
+    bytes: int  # of them
+    products: int  # that the GPU has made
+    prompt: str
+    text: str
+    same_text: bool  # as the CPU generates
+    difference: float  # of logits after the prompt: the largest, over the largest logit
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
 def default_text() -> tuple[str, str]:
     """CPython's own documentation of its language, and a name for it; the text differs between versions."""
     from pydoc_data.topics import topics
@@ -172,6 +200,85 @@ def run(
         saved=saved,
         seconds=time.perf_counter() - start,
     )
+
+
+def run_on_gpu(model: Path, device: str = "cuda", *, progress: Progress = lambda step: None) -> Slice:
+    """Generates with the first layers of the model at `model`, their products made on a GPU, and again on the CPU.
+
+    Both take the activations of these products as fp16. CudaError if there is no GPU; ValueError for a model whose
+    layers are not found.
+    """
+    start = time.perf_counter()
+    device = _native.device_name(device)
+    gpu = ng.cuda.device(int(device.removeprefix("cuda:"))).name
+    progress("loading the model")
+    lm = load_causal_lm(model, torch.float32)
+    layers_of_model = _keep_layers(lm, SLICE_LAYERS)
+    report = ng.quantize_model(lm.model, SAVED_FORMAT)
+    progress(f"packing {len(report.rows)} matrices for {device}, {gpu}")
+    narrow = {row.layer: _OnGpu(lm.model.get_submodule(row.layer), device) for row in report.rows}
+    for name, layer in narrow.items():
+        lm.model.set_submodule(name, layer)
+
+    prompt = torch.tensor(lm.need_tokenizer()(PROMPT)["input_ids"])
+    logits, tokens = {}, {}
+    for place in ("cpu", device):
+        progress(f"{len(prompt)} tokens of prompt and {SLICE_TOKENS} more on {place}")
+        for layer in narrow.values():
+            layer.there = place == device
+        with torch.inference_mode():
+            logits[place] = lm.model(prompt[None], use_cache=False).logits[0, -1]
+        tokens[place] = list(evaluate.generate(lm.model, prompt, SLICE_TOKENS))
+    difference = (logits[device] - logits["cpu"]).abs().max() / logits["cpu"].abs().max()
+    return Slice(
+        source=lm.source,
+        device=device,
+        gpu=gpu,
+        format=str(report.rows[0].format),
+        layers=min(SLICE_LAYERS, layers_of_model),
+        layers_of_model=layers_of_model,
+        matrices=len(report.rows),
+        bytes=report.bytes_after,
+        products=sum(layer.products for layer in narrow.values()),
+        prompt=PROMPT,
+        text=lm.tokenizer.decode(tokens[device]),
+        same_text=tokens[device] == tokens["cpu"],
+        difference=float(difference),
+        seconds=time.perf_counter() - start,
+    )
+
+
+class _OnGpu(torch.nn.Module):
+    """A narrow layer whose product is made on a GPU while `there` is set, else on the CPU.
+
+    x comes from the host and y returns to it. In between both are fp16, as GPUs take x, on the CPU too.
+    """
+
+    def __init__(self, layer: Any, device: str) -> None:
+        super().__init__()
+        self.layer, self.device, self.there, self.products = layer, device, False, 0
+        parts = (part if part is None else part.numpy() for part in layer.weight.canonical())
+        q = ng.QTensor.from_canonical(layer.format, layer.weight.shape, ng.Canonical(*parts))
+        self.q = q.pack(device)
+        self.bias = None if layer.bias is None else ng.Tensor.from_dlpack(layer.bias.detach()).to(device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        half = x.half().contiguous()
+        if not self.there:
+            return self.layer(half).to(x.dtype)  # type: ignore[no-any-return]
+        self.products += 1
+        y = ng.linear(ng.Tensor.from_dlpack(half).to(self.device), self.q, self.bias)
+        return torch.from_dlpack(y.to("cpu")).to(x.dtype)
+
+
+def _keep_layers(lm: CausalLM, count: int) -> int:
+    """Drops all layers of the model but the first ones; gives how many there were."""
+    layers = getattr(lm.model.base_model, "layers", None)
+    if not isinstance(layers, torch.nn.ModuleList):
+        raise ValueError(f"{lm.source} is a {type(lm.model).__name__}, whose list of layers is not found")
+    lm.model.base_model.layers = layers[:count]
+    lm.model.config.num_hidden_layers = min(count, len(layers))
+    return len(layers)
 
 
 def plot(result: Result, path: Path) -> None:

@@ -38,7 +38,12 @@ def linear(x: Array, q: QTensor, bias: Array | None = None) -> Array:
 
     x and bias: float32, float16 or bfloat16 torch tensors (or numpy arrays; then y is one). x may have any strides.
     Gradients flow to x and bias; the weights are frozen. A canonical q works too, slowly, with a PerformanceWarning.
-    TypeError for a wrong type, ValueError for a wrong shape.
+
+    On a GPU, where all three must be (ng.Tensors, torch tensors or others with DLPack; y is an ng.Tensor but for
+    torch's): x is float16 or bfloat16, and the work is given to the current stream; nothing waits. There are no
+    gradients for x.
+
+    TypeError for a wrong type, ValueError for a wrong shape or device.
     """
     if (
         type(x) is _tensor_type
@@ -56,6 +61,9 @@ def linear(x: Array, q: QTensor, bias: Array | None = None) -> Array:
 def _linear(x: Array, q: QTensor, bias: Array | None) -> Array:
     if not isinstance(q, QTensor):
         raise TypeError(f"q is a {type(q).__name__}, expected a QTensor")
+    for name, array in (("x", x), ("bias", bias)):
+        if array is not None and (device := _device(array, name)) not in (q.device, "meta"):
+            raise ValueError(f"{name} is on device {device}, expected {q.device}, where q is; q.pack() can move it")
     if not q.is_packed:
         warnings.warn(
             "linear packs a canonical QTensor anew at every call; call q.pack() once", PerformanceWarning, stacklevel=3
@@ -64,9 +72,9 @@ def _linear(x: Array, q: QTensor, bias: Array | None) -> Array:
     torch_x = _arrays.is_torch(x)
     if torch_x and not _is_compiling():
         _use_torch()
-    arrays = _arrays.library_of(x, "x")
     if not torch_x:
-        # Whatever speaks DLPack, in numpy's terms.
+        # Whatever speaks DLPack, in numpy's terms, on a GPU in ours.
+        arrays = _arrays.library_of(x, "x")
         source = arrays.source(x, "x")
         offset = None if bias is None else arrays.source(bias, "bias")
         _check(source, q, offset)
@@ -80,18 +88,20 @@ def _linear(x: Array, q: QTensor, bias: Array | None) -> Array:
     return ops.linear(x, q.packed, bias, q._name, q.rows, q.cols)
 
 
+def _device(array: Array, name: str) -> str:
+    return str(array.device) if _arrays.is_torch(array) else _arrays.library_of(array, name).device
+
+
 def _check(x: Array, q: QTensor, bias: Array | None) -> None:
     """Raises what is wrong with the arguments, with names and values."""
     for name, array in (("x", x), ("bias", bias)):
         if array is None:
             continue
         dtype = str(array.dtype).removeprefix("torch.")
-        if dtype not in FLOATS:
-            raise TypeError(f"{name} has dtype {dtype}, expected {', '.join(FLOATS)}")
-        device = str(getattr(array, "device", "cpu"))
-        if device not in ("cpu", "meta"):
-            raise ValueError(f"{name} is on device {device}, expected cpu")
-    if x.ndim == 0 or x.shape[-1] != q.cols:
+        expected = FLOATS[1:] if name == "x" and q.device != "cpu" else FLOATS
+        if dtype not in expected:
+            raise TypeError(f"{name} has dtype {dtype}, expected {', '.join(expected)} on {q.device}")
+    if len(x.shape) == 0 or x.shape[-1] != q.cols:
         raise ValueError(
             f"x has shape {list(x.shape)}, expected [..., {q.cols}] for weights of shape {list(q.shape)} ({q._name})"
         )

@@ -2,7 +2,9 @@
 
 The block is the buffer `packed` (u8, so that .to(dtype) leaves it alone); state_dict holds the portable arrays
 instead (`weight.codes`, `weight.scales`, ..., and `weight.format`, the Format's name in ASCII) and loads them back.
-Modules that share a QTensor (a tied lm_head and embedding) share its memory.
+Modules that share a QTensor (a tied lm_head and embedding) share its memory. Like a parameter it moves with a module:
+.to("cuda") packs it anew for the GPU, in place, and the modules that share it share it there too. Linear runs on GPUs,
+with x in float16 or bfloat16 and no gradients; Embedding does not.
 """
 
 from __future__ import annotations
@@ -81,10 +83,20 @@ class _Narrow(torch.nn.Module):
             arrays = (state_dict.get(keys[name]) for name in Canonical._fields)
             canonical = Canonical(*(None if array is None else array.contiguous() for array in arrays))
             # Into the same block, which another module may share.
-            loaded = QTensor.from_canonical(q.format, q.shape, canonical)
-            _native.pack(q.format, q.rows, q.cols, *loaded._borrow(canonical), q.packed)
+            q.assign(QTensor.from_canonical(q.format, q.shape, canonical))
         except (TypeError, ValueError) as error:
             error_msgs.append(f"{prefix}weight: {error}")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> _Narrow:
+        block = self.packed
+        device = fn(torch.empty(0, dtype=block.dtype, device=block.device)).device
+        if {block.device.type, device.type} == {"cpu", "cuda"}:
+            # Each has a layout of its own: a copy of the bytes would be wrong there.
+            if self._q.device != str(device):  # else a module that shares the matrix has taken it there
+                self._q = self.weight.pack(str(device))
+            self._buffers["packed"] = self._q.packed
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     # Pickles and copies carry the QTensor, which is portable, and not the block; modules that share one still do.
 
@@ -153,8 +165,11 @@ class Embedding(_Narrow):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Embedding:
         # What becomes of a parameter of this dtype becomes of the dtype.
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        like = fn(torch.empty(0, dtype=self.dtype))
+        if like.device.type == "cuda":
+            raise NotImplementedError(f"narrowgauge.nn.Embedding runs on the CPU; it cannot be moved to {like.device}")
+        self.dtype = like.dtype
+        super()._apply(fn, recurse)
         return self
 
     def extra_repr(self) -> str:

@@ -4,9 +4,10 @@
     narrowgauge::linear_backward(dy, packed, format, n, k)  dx = dy @ w
     narrowgauge::gather(indices, packed, format, n, k, dtype)  rows of w
 
-`packed` is the block of a packed QTensor, `n` and `k` its rows and columns. The block is frozen: no gradient flows
-to it. torch.vmap over x and double backward work; torch.func.grad does not (torch: no autograd registered this way
-does; use torch.autograd.grad). Importing this module imports torch and registers the operators.
+`packed` is the block of a packed QTensor, `n` and `k` its rows and columns. linear runs on the CPU and on GPUs, x being
+where the block was packed for; the others on the CPU. The block is frozen: no gradient flows to it. torch.vmap over x
+and double backward work; torch.func.grad does not (torch: no autograd registered this way does; use
+torch.autograd.grad). Importing this module imports torch and registers the operators.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def _rows(x: torch.Tensor, name: str) -> torch.Tensor:
     return x if _native.is_matrix(x, name) else x.contiguous()
 
 
-def _linear_cpu(
+def _linear(
     x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, format: str, n: int, k: int
 ) -> torch.Tensor:
     if bias is not None:
@@ -109,7 +110,8 @@ def _linear_vmap(info: Any, in_dims: tuple[Any, ...], x: torch.Tensor, packed: t
     return linear(x.movedim(in_dims[0], 0), packed, bias, format, n, k), 0
 
 
-_lib.impl("linear", _linear_cpu, "CPU")
+for _key in ("CPU", "CUDA"):
+    _lib.impl("linear", _linear, _key)
 _lib.impl("linear_backward", _linear_backward_cpu, "CPU")
 _lib.impl("gather", _gather_cpu, "CPU")
 torch.library.register_fake("narrowgauge::linear", _linear_fake, lib=_lib)

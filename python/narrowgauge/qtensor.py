@@ -1,8 +1,8 @@
 """QTensor: a matrix in a Format, and quantize, which makes one.
 
 A QTensor owns its weights once: canonical (codes, scales, ... in their own arrays; portable, what files hold) or
-packed for the CPU (one block; fast). Its arrays are torch tensors if it was made from one, otherwise numpy arrays, or
-on a GPU narrowgauge's Tensors. Work on a GPU goes to the current stream, torch's for torch tensors, else that of
+packed for one device (one block; fast). Its arrays are torch tensors if it was made from one, otherwise numpy arrays,
+or on a GPU narrowgauge's Tensors. Work on a GPU goes to the current stream, torch's for torch tensors, else that of
 `with stream:` (ng.cuda.Stream).
 Not thread-safe while pack or unpack runs; reading from many threads is fine.
 """
@@ -121,13 +121,20 @@ class QTensor:
         return self._packed
 
     def canonical(self) -> Canonical:
-        """The canonical arrays; new ones, unpacked bit for bit, if the matrix is packed."""
+        """The canonical arrays, on the matrix's device; new ones, unpacked bit for bit, if it is packed."""
+        q = self._unpacked().to(self.device)
+        assert q._canonical is not None
+        return q._canonical
+
+    def _unpacked(self) -> QTensor:
+        """The matrix, canonical: itself, or a copy on the host, which alone packs and unpacks."""
         if self._matrix is None:
-            assert self._canonical is not None
-            return self._canonical
-        canonical = self._new_canonical()
-        _native.unpack(self._matrix, *self._borrow(canonical))
-        return canonical
+            return self
+        q = QTensor(self.format, self.shape, self._arrays.on("cpu"))
+        canonical = q._new_canonical()
+        _native.unpack(self._matrix, *q._borrow(canonical))
+        q._canonical = canonical
+        return q
 
     @property
     def codes(self) -> Array:
@@ -160,13 +167,11 @@ class QTensor:
         A GPU's arrays are torch's if this matrix's are; from the others' GPU arrays the way back is to numpy's.
         """
         device = _native.device_name(device)
-        if device == self.device:
-            return self
-        library = "torch" if isinstance(self._arrays, _arrays.TorchArrays) else "numpy"
-        if library == "numpy" and device != "cpu":
-            library = "narrowgauge"
-        target = _arrays.library(library, device)
-        parts = (None if part is None else self._move(part, target) for part in self.canonical())
+        q = self if device == self.device else self._unpacked()
+        if device == q.device:
+            return q
+        target = q._arrays.on(device)
+        parts = (None if part is None else q._move(part, target) for part in q.canonical())
         return QTensor.from_canonical(self.format, self.shape, Canonical(*parts))
 
     def _move(self, array: Array, target: Arrays) -> Array:
@@ -182,22 +187,28 @@ class QTensor:
         """Bytes of the canonical arrays, whichever form the matrix is in."""
         return sum(_native.canonical_bytes(self.format, self.rows, self.cols))
 
-    def pack(self, device: str = "cpu") -> QTensor:
-        """Packs in place for `device` and returns self; the canonical arrays are let go."""
-        if device != "cpu":
-            raise ValueError(f"device is '{device}', expected 'cpu'")
-        if self.device != "cpu":
-            raise ValueError(f"the matrix is on {self.device} and is packed for the CPU; call to('cpu') first")
-        if self._matrix is None:
-            self._set_packed(self._pack_new(self._borrow(self.canonical())))
+    def pack(self, device: str | None = None) -> QTensor:
+        """Packs in place for "cpu", "cuda" or "cuda:1", by default the device that it is on, and returns self.
+
+        The matrix moves there, whatever form it is in elsewhere, and what it had before is let go. Packing is the
+        host's work, and the call waits for the copy to a GPU. CudaError if no GPU can be used, or none by torch.
+        """
+        device = self.device if device is None else _native.device_name(device)
+        if self._matrix is None or device != self.device:
+            q = self._unpacked().to("cpu")
+            self._set_packed(q._pack_new(q._borrow(q.canonical()), device))
         return self
 
-    def _pack_new(self, canonical: tuple[Any, Any, Any | None, Any | None]) -> _native.PackedMatrix:
-        block = self._arrays.block(_native.packed_bytes(self.format, self.rows, self.cols))
+    def _pack_new(
+        self, canonical: tuple[Any, Any, Any | None, Any | None], device: str = "cpu"
+    ) -> _native.PackedMatrix:
+        """pre: the canonical arrays are on the host."""
+        block = self._arrays.on(device).block(_native.packed_bytes(self.format, self.rows, self.cols, device))
         return _native.pack(self.format, self.rows, self.cols, *canonical, block)
 
     def _set_packed(self, matrix: _native.PackedMatrix) -> None:
         self._packed, self._matrix, self._canonical = matrix.array, matrix, None
+        self._arrays = _arrays.library_of(matrix.array, "packed")
 
     def unpack(self) -> QTensor:
         """Makes the matrix canonical in place and returns self."""
@@ -211,19 +222,22 @@ class QTensor:
         if (self.format, self.shape) != (other.format, other.shape):
             raise ValueError(f"the other is {other.format} {other.shape}, expected {self.format} {self.shape}")
         if self._matrix is not None:
-            other = other.to("cpu")
-            _native.pack(self.format, self.rows, self.cols, *other._borrow(other.canonical()), self.packed)
+            q = other._unpacked().to("cpu")
+            _native.pack(self.format, self.rows, self.cols, *q._borrow(q.canonical()), self.packed)
             return
         for mine, its in zip(self.canonical(), other.to(self.device).canonical(), strict=True):
             if mine is not None:
                 self._arrays.assign(mine, its)
 
     def dequantize(self, dtype: Any = "float32") -> Array:
-        """The weights [*shape] in `dtype`: float32, float16 or bfloat16, as a name or the array library's dtype."""
+        """The weights [*shape] in `dtype`: float32, float16 or bfloat16, as a name or the array library's dtype.
+
+        What is packed on a GPU passes through the host.
+        """
         name = self._arrays.dtype_name(dtype)
         via = name if name != "bfloat16" or self._arrays.has_bfloat16 else "float32"
         out = self._arrays.empty((self.rows, self.cols), via)
-        if self._matrix is not None:
+        if self._matrix is not None and self.device == "cpu":
             _native.gather_rows(self._matrix, self._arrays.arange(self.rows), out)
         else:
             _native.dequantize(self.format, self.rows, self.cols, *self._borrow(self.canonical()), out)
@@ -280,15 +294,15 @@ class QTensor:
         if self._matrix is None:
             q._canonical = Canonical(*(part if part is None else self._arrays.copy(part) for part in self.canonical()))
         else:
-            block = self._arrays.block(_native.packed_bytes(self.format, self.rows, self.cols))
-            block[:] = self.packed
+            block = self._arrays.block(_native.packed_bytes(self.format, self.rows, self.cols, self.device))
+            self._arrays.assign(block, self.packed)
             q._set_packed(_native.PackedMatrix(block, self.format, self.rows, self.cols))
         memo[id(self)] = q
         return q
 
     def __reduce__(self) -> tuple[Any, ...]:
         q = self if self._arrays.pickles else self.to("cpu")
-        return _rebuild, (str(q.format), q.shape, tuple(q.canonical()), q.is_packed)
+        return _rebuild, (str(q.format), q.shape, tuple(q.canonical()), self.is_packed)
 
 
 def _rebuild(format: str, shape: tuple[int, ...], canonical: tuple[Array, ...], packed: bool) -> QTensor:

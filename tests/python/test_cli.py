@@ -338,3 +338,20 @@ def test_demo(run, gguf_file, text_file, tmp_path, monkeypatch):
     assert code == 1 and "not an empty folder" in err
     code, _, err = run("demo", "--model", gguf_file, "--png", tmp_path / "absent" / "demo.png")
     assert code == 1 and "--png" in err
+    code, _, err = run("demo", "--model", gguf_file, "--device", "cuda", "--text", text_file)
+    assert code == 1 and "--text" in err and "--device cuda" in err
+    code, _, err = run("demo", "--model", gguf_file, "--device", "gpu")
+    assert code == 1 and "unknown device" in err
+    if not ng.cuda.is_available():
+        code, _, err = run("demo", "--model", gguf_file, "--device", "cuda")
+        assert code == 1 and "CUDA cannot be used" in err
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("gpu", "kernels")
+def test_demo_on_a_gpu(run, gguf_file):
+    report = json_of(run("demo", "--model", gguf_file, "--device", "cuda", "--json"))
+    assert report["same_text"] and 0 <= report["difference"] < 1e-3
+    assert (report["layers"], report["layers_of_model"], report["matrices"]) == (1, 2, 7)
+    assert report["format"] == "fp6_e2m3:g128:fp16" and report["device"] == "cuda:0"
+    assert report["products"] >= 2 * report["matrices"] and report["products"] % report["matrices"] == 0

@@ -8,6 +8,7 @@ import narrowgauge as ng
 import pytest
 import safetensors.torch
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 def linear(format: object = ng.fp6, bias: bool = True) -> ng.nn.Linear:
@@ -115,6 +116,19 @@ def test_moved_memory_is_followed() -> None:
     assert torch.equal(layer(x), y)
     layer._apply(lambda t: t.clone())  # as .to() to another device and back does
     assert torch.equal(layer(x), y)
+
+
+def test_moves_to_a_gpu_pack_anew() -> None:
+    """As far as a torch without CUDA shows it; what follows is in test_cuda_linear.py."""
+    layer, embedding = linear(), ng.nn.Embedding(linear().weight)
+    block = layer.packed
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        if not torch.cuda.is_available():
+            with pytest.raises(ng.CudaError, match="has no CUDA device, expected one for tensors on cuda:0"):
+                layer.to("cuda")
+            assert layer.packed is block and layer.weight.device == "cpu"
+        with pytest.raises(NotImplementedError, match="it cannot be moved to cuda:0"):
+            embedding.to("cuda")
 
 
 def test_embedding() -> None:

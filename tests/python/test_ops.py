@@ -87,6 +87,18 @@ def test_fake_tensors(q: ng.QTensor) -> None:
         ng._native.linear(x, q._matrix)
 
 
+def test_fake_tensors_on_a_gpu(q: ng.QTensor) -> None:
+    """What torch.compile sees there. The kernel is registered; with torch it has not run."""
+    for name, found in (("linear", True), ("linear_backward", False), ("gather", False)):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"narrowgauge::{name}", "CUDA") == found
+    with FakeTensorMode():
+        x, packed, bias = torch.empty(7, 96).half().cuda(), torch.empty(64).byte().cuda(), torch.empty(48).cuda()
+        y = ng.ops.linear(x, packed, bias, *weights(q))
+        assert y.shape == (7, 48) and y.dtype == torch.float16 and y.device.type == "cuda"
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(ValueError, match="expected cpu, where q is"):
+        ng.linear(x, q)
+
+
 def test_tracing_sees_the_operator(q: ng.QTensor) -> None:
     from torch.fx.experimental.proxy_tensor import make_fx
 

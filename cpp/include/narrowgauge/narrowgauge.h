@@ -103,7 +103,7 @@ ng_status ng_linear(const ng_tensor* x, const ng_qtensor* weights, const ng_tens
 
 /* --- on a GPU ----------------------------------------------------------------------------------------------------
  *
- * Pointers in these are addresses of cuda:`device`, and work goes to `stream`, a CUstream or cudaStream_t of that
+ * Pointers in these are addresses of cuda:`device`, but where the host is named, and work goes to `stream`, a CUstream or cudaStream_t of that
  * device (null: the default one), in whose order it runs; ng_cuda_synchronize() alone waits. They may be captured into
  * a CUDA graph. Memory is the caller's; nothing is allocated.
  */
@@ -130,6 +130,25 @@ ng_status ng_cuda_quantize(const ng_tensor* weights, const char* format, const n
                            const ng_canonical* out, int32_t device, void* stream);
 ng_status ng_cuda_dequantize(const char* format, const ng_canonical* matrix, const ng_tensor* out, int32_t device,
                              void* stream);
+
+/* The layout that linear reads on a GPU: an opaque block of ng_cuda_packed_bytes(), made in host memory. The caller
+ * copies it to the device, aligned to 128 bytes there. The matrix must be canonical. */
+ng_status ng_cuda_packed_bytes(const char* format, int64_t rows, int64_t cols, int64_t* bytes);
+ng_status ng_cuda_pack(const ng_qtensor* tensor, uint8_t* packed);
+
+/* Such a block on a device, of a matrix of rows x cols. */
+typedef struct ng_cuda_packed {
+  int64_t rows, cols;
+  const uint8_t* data;
+} ng_cuda_packed;
+
+/* As ng_linear, by Tensor Cores: x is f16 or bf16. workspace has the bytes that ng_cuda_linear_workspace_bytes() gives
+ * for `rows` rows of x, null where that is 0; its contents do not matter, and calls on one stream may share it. The
+ * first call with a format loads its kernels, which a capture would refuse. */
+ng_status ng_cuda_linear_workspace_bytes(int64_t rows, const char* format, int64_t n, int64_t k, int32_t device,
+                                         int64_t* bytes);
+ng_status ng_cuda_linear(const ng_tensor* x, const char* format, const ng_cuda_packed* weights, const ng_tensor* bias,
+                         const ng_tensor* y, void* workspace, int32_t device, void* stream);
 
 /* Waits for the stream and says what went wrong on the device. */
 ng_status ng_cuda_synchronize(int32_t device, void* stream);

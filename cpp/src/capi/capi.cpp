@@ -266,6 +266,37 @@ ng_status ng_cuda_dequantize(const char* format, const ng_canonical* matrix, con
       [&] { ng::dequantize(canonical_of(format, matrix, "matrix"), view_of(out, "out"), stream_of(device, stream)); });
 }
 
+ng_status ng_cuda_packed_bytes(const char* format, int64_t rows, int64_t cols, int64_t* bytes) {
+  return guarded([&] {
+    checked(bytes, "bytes") = ng::cuda_packed_bytes(ng::Format::parse(&checked(format, "format")), rows, cols);
+  });
+}
+
+ng_status ng_cuda_pack(const ng_qtensor* tensor, uint8_t* packed) {
+  return guarded(
+      [&] { ng::pack_cuda(checked(tensor, "tensor").tensor.canonical_view(), packed, ng::default_executor()); });
+}
+
+ng_status ng_cuda_linear_workspace_bytes(int64_t rows, const char* format, int64_t n, int64_t k, int32_t device,
+                                         int64_t* bytes) {
+  return guarded([&] {
+    checked(bytes, "bytes") =
+        ng::linear_workspace_bytes(rows, ng::Format::parse(&checked(format, "format")), n, k, device);
+  });
+}
+
+ng_status ng_cuda_linear(const ng_tensor* x, const char* format, const ng_cuda_packed* weights, const ng_tensor* bias,
+                         const ng_tensor* y, void* workspace, int32_t device, void* stream) {
+  return guarded([&] {
+    const ng::TensorView input = view_of(x, "x"), output = view_of(y, "y");
+    const ng_cuda_packed& block = checked(weights, "weights");
+    const ng::PackedView packed{ng::Format::parse(&checked(format, "format")), block.rows, block.cols, block.data};
+    std::optional<ng::TensorView> bias_view;
+    if (bias != nullptr) bias_view = view_of(bias, "bias");
+    ng::linear(input, packed, bias_view ? &*bias_view : nullptr, output, workspace, stream_of(device, stream));
+  });
+}
+
 ng_status ng_cuda_synchronize(int32_t device, void* stream) {
   return guarded([&] { stream_of(device, stream).synchronize(); });
 }

@@ -184,7 +184,7 @@ def optional_parts() -> list[Finding]:
         _cuda(),
         Finding("CUDA kernels", bool(kernels := ng.cuda.architectures()),
                 kernels or "built without nvcc: install CUDA 12.8 or later and build narrowgauge again",
-                "quantize and dequantize on NVIDIA GPUs"),
+                "quantize, dequantize and linear on NVIDIA GPUs"),
         Finding("NCCL", nccl is not None, nccl or "no libnccl.so.2, no nvidia-nccl package",
                 "narrow collectives between GPUs" + later),
         Finding("MPI", mpi is not None, mpi or "no mpirun on PATH, no mpi4py", "collectives over MPI" + later),
