@@ -12,6 +12,7 @@ has a copy of FP6-LLM's, AutoGPTQ of Marlin's. Instructions are those of PTX, of
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -66,13 +67,16 @@ def per_stage(run: Callable[[int], Counts], columns: int) -> Linear:
     return Linear(one.plus(step, -1), Counts(*(count * 64 / columns for count in step)))
 
 
+_compiled = functools.cache(fpx.compile_kernel)
+
+
 def ours(element: str, group: int, scale: str, tile: int) -> Linear:
     """Of the kernel for fp16 activations with `tile` rows of x."""
     blocks, warps, _, _ = fpx.TILES[tile]
     rng = np.random.default_rng(0)
     any_matrix = fpx.random_matrix(rng, element, group, scale, 16, 16)
     name = fpx.kernel_name(any_matrix, np.empty(0, np.float16), tile)
-    program = fpx.compile_kernel(name)
+    program = _compiled(name)
 
     def run(k: int) -> Counts:
         matrix = fpx.random_matrix(rng, element, group, scale, blocks * warps * 16, k)
