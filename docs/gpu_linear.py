@@ -32,9 +32,10 @@ int main() {
               cuda::kStageCols, cuda::kStageSlices, cuda::kChainSlices, cuda::kTileRows);
   for (int i = 0; i < cuda::kTileCount; ++i) {
     const cuda::FpxTile& t = cuda::kTiles[i];
-    std::printf("%s{\"x_rows\": %d, \"weight_rows\": %d, \"warps\": %d, \"teams\": %d, \"stages\": %d, \"resident\": %d,"
-                " \"stage_bytes\": %d, \"shared_bytes\": %d}", i ? ", " : "", t.x_rows, t.weight_rows(), t.warps, t.teams,
-                t.stages, t.resident(1), t.stage_bytes(6, RECORD_BYTES), t.shared_bytes(6, RECORD_BYTES));
+    std::printf("%s{\"x_rows\": %d, \"weight_rows\": %d, \"warps\": %d, \"teams\": %d, \"stages\": %d,",
+                i ? ", " : "", t.x_rows, t.weight_rows(), t.warps, t.teams, t.stages);
+    std::printf(" \"resident\": %d, \"stage_bytes\": %d, \"shared_bytes\": %d}", t.resident(1),
+                t.stage_bytes(6, RECORD_BYTES), t.shared_bytes(6, RECORD_BYTES));
   }
   std::printf("], \"widths\": {");
   for (int bits = 2; bits <= 8; ++bits) {
@@ -88,7 +89,9 @@ def words(known: dict[str, Any], bits: int) -> str:
 
 def widths(known: dict[str, Any]) -> str:
     """What the words of every width hold, and how a lane reads them."""
-    lines = ["| bits | whole codes in a half | bits left over | pairs in pieces | pieces of each | a lane reads, bytes |"]
+    lines = [
+        "| bits | whole codes in a half | bits left over | pairs in pieces | pieces of each | a lane reads, bytes |"
+    ]
     lines.append("| --- | --- | --- | --- | --- | --- |")
     for bits, width in known["widths"].items():
         cut = [len(pieces) for pieces in width["pairs"] if len(pieces) > 1]
@@ -116,20 +119,22 @@ def tiles(known: dict[str, Any]) -> str:
 
 
 def block(known: dict[str, Any]) -> str:
-    """Which columns and rows the warps of the first and the third tile have."""
+    """Which rows and columns the warps of the first and the third tile have."""
     few, many = known["tiles"][0], known["tiles"][2]
-    lines = [f"{few['x_rows']} rows of x: a team is {few['warps']} warp, and has columns of its own"]
-    lines.append(" " * 16 + "".join(f"| columns {i + 1}/{few['teams']}  " for i in range(few["teams"])) + "|")
-    lines.append(f"{few['weight_rows']:>4} rows       " + "".join(f" |   warp {i}     " for i in range(few["teams"])) + " |")
-    lines.append(" " * 16 + "their sums meet in shared memory")
+    margin, width = 12, 56
+    lines = [f"{few['x_rows']} rows of x: each warp is a team, which has columns of its own; the teams' sums are added"]
+    teams = range(few["teams"])
+    cell = width // len(teams) - 1
+    heads, warps = ([f"{name(team):^{cell}}" for team in teams] for name in (
+        lambda team: f"columns {team + 1}/{len(teams)}", lambda team: f"warp {team}",
+    ))  # fmt: skip
+    lines.append(" " * margin + "|" + "|".join(heads) + "|")
+    lines.append(f"{few['weight_rows']:>4} rows   |" + "|".join(warps) + "|")
     lines.append("")
-    lines.append(f"{many['x_rows']} rows of x: all {many['warps']} warps are one team, and have rows of their own")
-    lines.append(" " * 16 + "|  all columns of the range" + " " * 26 + "|")
-    rows = many["weight_rows"] // many["warps"]
-    for warp in (0, 1, many["warps"] - 1):
-        if warp == many["warps"] - 1:
-            lines.append(" " * 16 + "|  ..." + " " * 47 + "|")
-        lines.append(f"{rows:>4} rows       " + f" |   warp {warp}" + " " * 43 + "|")
+    lines.append(f"{many['x_rows']} rows of x: {many['warps']} warps are one team, and have rows of their own")
+    lines.append(" " * margin + f"|{'all columns of the range':^{width - 1}}|")
+    for warp in range(many["warps"]):
+        lines.append(f"{many['weight_rows'] // many['warps']:>4} rows   |{f'warp {warp}':^{width - 1}}|")
     return code(lines)
 
 
@@ -169,10 +174,12 @@ def decoding(known: dict[str, Any]) -> str:
         piece = {base + target + bit: names[target + bit] for bit in range(count)}
         whole |= piece
         turn = (source - target) % 32
-        lines.append(f"{f'word {word} rotated right by {turn} more, masked':<40}" + half(piece))
+        lines.append(f"{f'word {word} rotated right by {turn}, masked':<40}" + half(piece))
     lines.append(f"{'or-ed: the code':<40}" + half(whole))
     lines.append(f"{f'plus the sign bit times 2^{15 - sign} - 1':<40}" + half({b: n for b, n in whole.items() if n != "s"} | {15: "s"}))  # fmt: skip # noqa: E501
-    lines.append(f"{'as fp16':<40}" + half({15: "s"} | dict.fromkeys(range(10, 15), "E") | dict.fromkeys(range(10), "M")))
+    lines.append(
+        f"{'as fp16':<40}" + half({15: "s"} | dict.fromkeys(range(10, 15), "E") | dict.fromkeys(range(10), "M"))
+    )
     return code(lines)
 
 
