@@ -1,8 +1,9 @@
 // The heuristic: the smallest tile that has all rows of x, and the number of ranges with the least estimated time.
 //
-// Time is counted in stages that a block works on. All blocks that fit on the device work at once; a wave of them takes
-// as long as its stages and what every block costs besides. Ranges shorten the stages of a block and add the traffic of
-// their sums, which is told in stages too: by the bytes of weights that the device reads in the time of one.
+// Time is counted in stages that a block works on, on the multiprocessor that has the most blocks: those that are there
+// at once share its issue slots, so that they take as long as one after the other, each with its stages and what it
+// costs besides. Ranges shorten the stages of a block, even out what multiprocessors have, and add the traffic of their
+// sums, which is told in stages too: by the bytes of weights that the device reads in the time of one.
 #include "kernels/fpx_plan.hpp"
 
 #include <algorithm>
@@ -12,7 +13,7 @@ namespace ng::cuda {
 namespace {
 
 constexpr int kMostSplits = 16;
-constexpr int64_t kBlockStages = 6;   // to fill the pipeline and to store results
+constexpr int64_t kBlockStages = 2;   // to fill the pipeline and to store results, mostly behind other blocks
 constexpr int64_t kReduceStages = 4;  // to launch the second kernel
 constexpr int64_t kLeastStages = 4;   // of a team, in a range
 
@@ -31,16 +32,15 @@ FpxPlan fpx_plan(int64_t m, int64_t n, int64_t k, const Format& format, int mult
   const FpxTile& tile = kTiles[plan.tile];
   const int64_t blocks = ceil_div(n, tile.weight_rows()) * ceil_div(m, tile.x_rows);
   const int64_t quantum = fpx_quantum(format), quanta = ceil_div(ceil_div(k, kStageCols), quantum);
-  const int64_t resident = multiprocessors * (tile.teams > 1 ? 2 : 1);
   const int64_t stage_bytes = int64_t{tile.weight_rows()} * kStageCols * format.element.bits / 8;
   int64_t best = 0;
   for (int splits = 1; splits <= kMostSplits; ++splits) {
     const int64_t stages = ceil_div(quanta, splits * tile.teams) * quantum;
     if (splits > 1 && stages < kLeastStages) break;
-    int64_t time = ceil_div(blocks * splits, resident) * (stages + kBlockStages);
+    int64_t time = ceil_div(blocks * splits, multiprocessors) * (stages + kBlockStages);
     if (splits > 1) {
       const int64_t sums = 2 * splits * m * n * static_cast<int64_t>(sizeof(float));  // written and read
-      time += kReduceStages + ceil_div(sums, resident * tile.teams * stage_bytes);
+      time += kReduceStages + ceil_div(sums, multiprocessors * tile.teams * stage_bytes);
     }
     if (splits > 1 && time >= best) continue;
     best = time;

@@ -36,6 +36,22 @@ TEST(FpxPlan, FillsTheDevice) {
   }
 }
 
+// Where one block a multiprocessor would leave some of them with twice as much work as others, ranges even it out.
+TEST(FpxPlan, NoMultiprocessorHasMuchMoreThanItsShare) {
+  const Format format = Format::parse("fp6");
+  for (const int multiprocessors : {108, 132}) {
+    for (const auto& [n, k] : {std::pair{10240, 8192}, {8192, 8192}, {57344, 8192}, {8192, 28672}, {9216, 9216}}) {
+      for (const int64_t m : {1, 8, 16}) {
+        const FpxPlan plan = fpx_plan(m, n, k, format, multiprocessors);
+        const int64_t blocks = n / kTiles[plan.tile].weight_rows() * plan.splits;
+        const auto most = static_cast<double>(ceil_div(blocks, multiprocessors));
+        EXPECT_LE(most * multiprocessors / static_cast<double>(blocks), 1.36)
+            << n << ' ' << k << ' ' << m << ' ' << multiprocessors;
+      }
+    }
+  }
+}
+
 TEST(FpxPlan, LargeProductsAreNotSplit) {
   EXPECT_EQ(fpx_plan(1024, 8192, 8192, Format::parse("fp6"), 108).splits, 1);
   EXPECT_EQ(fpx_plan(1, 1 << 20, 4096, Format::parse("int4"), 132).splits, 1);
