@@ -44,7 +44,7 @@ class Case(NamedTuple):
 
 
 class Arrays:
-    """x on the GPU, and y back: torch's tensors where torch has CUDA, else ng.Tensors."""
+    """Weights on the host, x on the GPU, and y back: torch's tensors where torch has CUDA, else ng.Tensors."""
 
     def __init__(self) -> None:
         try:
@@ -54,6 +54,10 @@ class Arrays:
             return
         self.torch = torch if torch.cuda.is_available() else None
         self.why = "" if self.torch else "torch has no CUDA device"
+
+    def host(self, w: np.ndarray) -> Any:
+        """As an array of the library whose arrays on the GPU are used."""
+        return self.torch.from_numpy(w) if self.torch else w
 
     def put(self, x: np.ndarray, dtype: str) -> Any:
         if self.torch:
@@ -74,7 +78,7 @@ def copies(nbytes: int, gigabytes: float) -> int:
 # --- kernels ---------------------------------------------------------------------------------------------------------
 
 
-def narrow_case(w: np.ndarray, format: str, gigabytes: float) -> tuple[Case, np.ndarray]:
+def narrow_case(w: Any, format: str, gigabytes: float) -> tuple[Case, np.ndarray]:
     """And its weights as it has them."""
     q = ng.quantize(w, format)
     weights = [q.__copy__().pack("cuda") for _ in range(copies(q.nbytes, gigabytes))]
@@ -225,7 +229,7 @@ def measure(args: argparse.Namespace, arrays: Arrays) -> list[dict[str, Any]]:
 
     cases = list(peer_cases(arrays, w, x[args.rows[0]], args.gigabytes))
     for format in args.formats:
-        case, decoded = narrow_case(w, format, args.gigabytes)
+        case, decoded = narrow_case(arrays.host(w), format, args.gigabytes)
         for rows in x.values():
             check(case, arrays, rows, decoded)
         cases.append(case)

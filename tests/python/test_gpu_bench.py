@@ -67,3 +67,30 @@ def test_wrong_results_are_noticed(gpu: None, kernels: None) -> None:
     bench.check(loose, arrays, x, w)
     with pytest.raises(AssertionError, match="expected at most 0.2"):
         bench.check(loose, arrays, x, -w)
+
+
+def test_peers_that_are_absent_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """On torch's CPU tensors, for which it has the int8 op too: others are not installed, or not for the CPU."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
+
+    class OnCpu(bench.Arrays):
+        def __init__(self) -> None:
+            self.torch = torch
+
+        def put(self, x: np.ndarray, dtype: str) -> torch.Tensor:
+            return torch.from_numpy(x).to(getattr(torch, dtype))
+
+    def broken(torch: object, w: object, gigabytes: float) -> bench.Case:
+        return bench.fp16_case(torch, -w, gigabytes)
+
+    def absent(torch: object, w: object, gigabytes: float) -> bench.Case:
+        import absent_package  # noqa: F401
+
+    monkeypatch.setattr(bench, "PEERS", [bench.torch_int8, broken, absent])
+    rng = np.random.default_rng(0)
+    w, x = (rng.standard_normal((rows, 128)).astype(np.float32) for rows in (64, 3))
+    cases = list(bench.peer_cases(OnCpu(), w, x, 0))
+    assert [case.name for case in cases] == ["torch fp16", "torch int8"]
+    out = capsys.readouterr().out
+    assert "left out: broken: AssertionError" in out and "left out: absent: ModuleNotFoundError" in out
