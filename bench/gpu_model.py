@@ -245,6 +245,29 @@ def show_times(times: list[dict[str, Any]], rows: list[int]) -> None:
             )
 
 
+def show_summary(times: list[dict[str, Any]], rows: list[int]) -> None:
+    lines = []
+    for gpu in dict.fromkeys(each["gpu"] for each in times):
+        for name in FORMATS:
+            for m in rows:
+                found = [each for each in times if (each["gpu"], each["format"], each["m"]) == (gpu, name, m)]
+                spreads = [spread([each[key] for each in found]) for key in ("share", "over_peer", "over_dense")]
+                lines.append([gpu, name, str(m), *spreads])
+    columns = [
+        "GPU",
+        "format",
+        "M",
+        "share of the traffic-limited time",
+        "times FP6-LLM (int4: Marlin)",
+        "times 16 bits",
+    ]
+    protocol.print_table("MODEL, not measured: median of the layers [least..most]", columns, lines)
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} [{min(values):.2f}..{max(values):.2f}]"
+
+
 def plot(path: str, table: dict[str, list[float]], times: list[dict[str, Any]], rows: list[int]) -> None:
     import matplotlib
 
@@ -298,7 +321,10 @@ def main() -> None:
         print("A ratio is not reproduced: no times are printed.")
 
     times = times_of(counts, rows)
-    show_times(times, [m for m in rows if m not in (2, 4)])
+    if times:
+        shown = [m for m in rows if m not in (2, 4)]
+        show_times(times, shown)
+        show_summary(times, shown)
     protocol.print_table("goals", ["goal", "found", ""], goals(table, times))
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
