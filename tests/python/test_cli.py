@@ -72,6 +72,7 @@ def test_help(run):
         ["bench", "0"],
         ["bench", "64", "64", "--device", "a100"],
         ["bench", "64", "64", "--explain", "--device", "abacus"],
+        ["bench", "64", "64", "--explain", "--dtype", "int3"],
         ["quantize", "a", "b", "--map", "no-equals-sign"],
         ["quantize", "a", "b", "--scale-search", "best"],
         ["eval", "m", "--text", "t", "--dtype", "int3"],

@@ -1,7 +1,7 @@
 // Which kernel linear gives to a product, and how the work is cut: what linear itself follows, asked without
-// multiplying. Pure but for the instruction set and the threads of this process; a plan for a GPU needs none.
+// multiplying. Pure, but that the CPU's plan is for the instruction set in use; a plan for a GPU needs none.
 //
-// As in linear.hpp x is [rows, k] and the weights are [n, k]. All throw InvalidArgument for sizes below 1.
+// As in linear.hpp x is [rows, k] and the weights are [n, k]. Both throw InvalidArgument for sizes below 1.
 #pragma once
 
 #include <cstdint>

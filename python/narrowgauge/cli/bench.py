@@ -45,7 +45,9 @@ def command(
     k: Annotated[int, typer.Argument(min=1, help="Columns of the weights.")] = 4096,
     m: Annotated[int, typer.Argument(min=1, help="Rows of the activations (tokens).")] = 1,
     format: Annotated[list[str] | None, typer.Option(help="A format; may be given several times.")] = None,
-    dtype: Annotated[str, typer.Option(help="Activations of the narrow layers: float32 or bfloat16.")] = "bfloat16",
+    dtype: Annotated[
+        str, typer.Option(help="Activations of the narrow layers: float32 or bfloat16; for --explain also float16.")
+    ] = "bfloat16",
     rotate: Annotated[int, typer.Option(min=1, help="MB of weights to go through per contender.")] = 256,
     seconds: Annotated[float, typer.Option(min=0.1, help="How long to measure.")] = 10.0,
     png: Annotated[Path | None, typer.Option(help="Write a bar chart here.")] = None,
@@ -112,6 +114,8 @@ def command(
 def _explain(output: Output, n: int, k: int, m: int, formats: Sequence[str], device: str, dtype: str) -> None:
     from narrowgauge.cli.explain import explain
 
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise typer.BadParameter(f"{dtype!r}; expected float32, float16 or bfloat16", param_hint="--dtype")
     plans = [explain(n, k, m, format, device, dtype) for format in formats]
     title = f"N={n} K={k} M={m}, x {dtype}"
     output.result(

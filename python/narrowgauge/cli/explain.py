@@ -87,7 +87,8 @@ def _cpu(m: int, format: ng.Format, n: int, k: int, traffic: float) -> _How:
 def _gpu(m: int, format: ng.Format, n: int, k: int, traffic: float, device: str, x: str) -> _How:
     gpu, multiprocessors, name = _find(device)
     plan = _native.cuda_linear_plan(m, format, n, k, x, multiprocessors)
-    slots = multiprocessors * plan["resident"]
+    waves = plan["blocks"] / (multiprocessors * plan["resident"])
+    most = -(-plan["blocks"] // multiprocessors)
     split = plan["splits"] > 1
     facts = [
         ("GPU", name, f"{multiprocessors} multiprocessors"),
@@ -104,9 +105,13 @@ def _gpu(m: int, format: ng.Format, n: int, k: int, traffic: float, device: str,
         (
             "splits",
             str(plan["splits"]),
-            f"ranges of columns; without them {plan['blocks'] // plan['splits']} blocks for {slots} places",
+            f"ranges of columns; without them {plan['blocks'] // plan['splits']} blocks",
         ),
-        ("blocks", str(plan["blocks"]), f"{plan['resident']} a multiprocessor: {plan['blocks'] / slots:.2f} waves"),
+        (
+            "blocks",
+            str(plan["blocks"]),
+            f"at most {most} a multiprocessor, {plan['resident']} at a time: {waves:.2f} waves",
+        ),
         ("stages", f"{plan['block_stages']} a team", f"of 64 columns, {plan['stages'] - 1} of them on their way"),
         ("shared memory", human_bytes(plan["shared_bytes"]), "of a block"),
         ("workspace", human_bytes(plan["workspace_bytes"]), "sums of the ranges" if split else "no ranges to add"),
