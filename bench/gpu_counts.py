@@ -4,15 +4,17 @@
     tar xzf deepspeed-0.14.5.tar.gz && tar xzf auto_gptq-0.7.1.tar.gz
     python bench/gpu_counts.py --fp6-llm deepspeed-0.14.5 --marlin auto_gptq-0.7.1  # FP6_LLM and MARLIN of gpu_model.py
 
-One block is run with three numbers of columns. What it does is a constant and so much for each stage of 64 columns;
-that this is exact, and not a fit, is checked. The kernels of others are read from where they were unpacked: DeepSpeed
-has a copy of FP6-LLM's, AutoGPTQ of Marlin's. Instructions are those of PTX, of which ptxas may make fewer.
+Ours are run as the installed library has them. One block is run with three numbers of columns. What it does is a
+constant and so much for each stage of 64 columns; that this is exact, and not a fit, is checked. The kernels of others
+are read from where they were unpacked: DeepSpeed has a copy of FP6-LLM's, AutoGPTQ of Marlin's. Instructions are those
+of PTX, of which ptxas may make fewer.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,8 +24,10 @@ ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / "tests" / "simgpu"), str(ROOT / "tests" / "simgpu" / "tests")]
 
 import fpx  # noqa: E402
+import narrowgauge as ng  # noqa: E402
 import numpy as np  # noqa: E402
 import simgpu  # noqa: E402
+from narrowgauge import _native  # noqa: E402
 
 
 class Counts(NamedTuple):
@@ -67,21 +71,31 @@ def per_stage(run: Callable[[int], Counts], columns: int) -> Linear:
     return Linear(one.plus(step, -1), Counts(*(count * 64 / columns for count in step)))
 
 
-_compiled = functools.cache(fpx.compile_kernel)
+@functools.cache
+def shipped(kernel: str) -> simgpu.Program:
+    """A kernel by itself, as PTX from the library that is installed. ValueError if it was built without kernels."""
+    text = Path(ng._native.__file__).read_bytes()
+    start = text.find(f".visible .entry {kernel}(".encode())
+    if start < 0:
+        raise ValueError(f"{ng._native.__file__} has no kernel {kernel}: it was built without nvcc")
+    module = text.rindex(b".version", 0, start)
+    head = text[module : text.index(b".visible .entry", module)]  # what all kernels of the image share
+    body = text[start : text.index(b"\n}", start) + 2]
+    # Lines of the source lead nowhere without the other kernels.
+    return simgpu.Program(re.sub(r"^\s*\.loc.*$", "", (head + body).decode(), flags=re.M))
 
 
-def ours(element: str, group: int, scale: str, tile: int) -> Linear:
+def ours(format: str, tile: int) -> Linear:
     """Of the kernel for fp16 activations with `tile` rows of x."""
-    blocks, warps, _, _ = fpx.TILES[tile]
-    rng = np.random.default_rng(0)
-    any_matrix = fpx.random_matrix(rng, element, group, scale, 16, 16)
-    name = fpx.kernel_name(any_matrix, np.empty(0, np.float16), tile)
-    program = _compiled(name)
+    plan = _native.cuda_linear_plan(tile, ng.Format(format), 64, 64, "float16", 1)
+    element, group, scale = format.split(":")
+    kind = (0, "row") if group == "row" else (int(group[1:]), scale)
+    program, rng = shipped(plan["kernel"]), np.random.default_rng(0)
 
     def run(k: int) -> Counts:
-        matrix = fpx.random_matrix(rng, element, group, scale, blocks * warps * 16, k)
+        matrix = fpx.random_matrix(rng, element, *kind, plan["weight_rows"], k)
         x = rng.standard_normal((tile, k)).astype(np.float16)
-        return counts_of(fpx.run(program, name, matrix, x, tile, race=False).launches)
+        return counts_of(fpx.run(program, plan["kernel"], matrix, x, tile, race=False).launches)
 
     return per_stage(run, 1024)
 

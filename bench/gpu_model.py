@@ -1,6 +1,6 @@
 """Linear on GPUs without one: what the kernels do, counted, and the time that a model gives them.
 
-    python bench/gpu_model.py                          # all tables; a few minutes, most of them nvcc's
+    python bench/gpu_model.py                          # all tables; a few minutes
     python bench/gpu_model.py --png gpu_model.png --json gpu_model.json
 
 Ours are fp16 activations with fp6 (groups of 128), FP6-LLM's format (fp6_e3m2 with scales of rows) and int4 (groups of
@@ -154,12 +154,7 @@ def time_of_ours(gpu: Gpu, found: Ours) -> Estimate:
 
 
 def measure() -> dict[str, dict[int, Linear]]:
-    found: dict[str, dict[int, Linear]] = {}
-    for name, format in FORMATS.items():
-        element, group, scale = format.split(":")
-        columns, kind = (0, "row") if group == "row" else (int(group[1:]), scale)
-        found[name] = {tile: ours(element, columns, kind, tile) for tile in TILES}
-    return found
+    return {name: {tile: ours(format, tile) for tile in TILES} for name, format in FORMATS.items()}
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------

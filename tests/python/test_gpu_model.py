@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -91,11 +90,15 @@ def test_all_of_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     assert "no times are printed" in out and "MODEL" not in out
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
-def test_ours_are_counted() -> None:
+def test_ours_are_counted(kernels: None) -> None:
     """What the README says of fp6 and few rows of x."""
-    kernel = gpu_counts.ours("fp6_e2m3", 128, "fp16", 8)
+    kernel = gpu_counts.ours("fp6_e2m3:g128:fp16", 8)
     assert kernel.stage.mma == 16  # 64 x 64 weights, 8 rows of x
     assert kernel.stage.l2_bytes == 64 * 64 * 6 / 8 + 64 * 2 / 2 + 8 * 64 * 2  # codes, half a group's scales, x
     per_weight = gpu_model.loop_instructions({8: kernel}, lambda tile: 64, 1)
     assert per_weight == pytest.approx(4.76, abs=0.005)
+
+
+def test_kernels_that_are_not_there_are_named() -> None:
+    with pytest.raises(ValueError, match="no kernel fpx_linear_f16_fp9_m8"):
+        gpu_counts.shipped("fpx_linear_f16_fp9_m8")

@@ -1,14 +1,12 @@
 """The specification of the GPU's packed layout and of linear, in numpy: random matrices in a format, their packed
-block, a kernel by itself and its arguments, and the float64 result with the error that linear.hpp allows.
+block, the arguments of a kernel, and the float64 result with the error that linear.hpp allows.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
-import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -22,9 +20,6 @@ TILES = {
     128: (1, 8, 1, 3),
 }  # rows of x: row blocks, warps, teams, stages
 SCALES = ("row", "fp16", "bf16", "fp32", "e8m0", "e4m3")
-X_TYPES = {"f16": "F16", "bf16": "Bf16", "f16_wide": "F16Wide"}
-ROOT = Path(__file__).parents[3]
-FLAGS = ["-std=c++20", "-O3", f"-I{ROOT}/cpp/src", f"-I{ROOT}/cuda"]
 REALS = {"float16": 0, "bfloat16": 1, "float32": 2}
 NF4 = np.float32(
     [
@@ -216,30 +211,6 @@ def pack_records(matrix: Matrix) -> np.ndarray:
     if matrix.zeros is not None:
         parts.append(by_lane(matrix.zeros))
     return np.concatenate([part.view(np.uint8) for part in parts], axis=2) if parts else np.zeros(0, np.uint8)
-
-
-# --- kernels ---------------------------------------------------------------------------------------------------------
-
-
-def kernel_name(matrix: Matrix, x: np.ndarray, tile: int) -> str:
-    e, name = matrix.element, "bf16" if x.dtype == BF16 else "f16"
-    wide = "_wide" if e.is_wide() and name == "f16" else ""
-    kind = {"uint": "int", "nf4": "nf"}.get(e.kind, e.kind)
-    return f"fpx_linear_{name}{wide}_{kind}{e.bits}_m{tile}"
-
-
-def compile_kernel(name: str) -> simgpu.Program:
-    """The kernel by itself: an image of all takes minutes."""
-    return simgpu.compile_text(f'#include "kernels/fpx_instances.cuh"\n{_source(name)}', "sm_80", FLAGS)
-
-
-def _source(name: str) -> str:
-    if name == "fpx_reduce":
-        return "NG_FPX_REDUCE()"
-    x, kind, bits, rows = re.fullmatch(r"fpx_linear_(\w+)_(fp|int|nf)(\d)_m(\d+)", name).groups()
-    decoder = {"fp": f"DecodeFp<ng::cuda::{X_TYPES[x]}, {bits}>", "int": f"DecodeInt<ng::cuda::{X_TYPES[x]}, {bits}>"}
-    decoder["nf"] = f"DecodeCodebook<ng::cuda::{X_TYPES[x]}>"
-    return f"NG_FPX_KERNEL({X_TYPES[x]}, {x}, {kind}{bits}, {list(TILES).index(int(rows))}, {rows}, {decoder[kind]})"
 
 
 # --- launches --------------------------------------------------------------------------------------------------------

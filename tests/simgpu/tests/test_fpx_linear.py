@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,11 @@ import numpy as np
 import pytest
 import simgpu
 import simgpu.static
-from fpx import BF16, TILES, Matrix, Result, compile_kernel, encode_scales, errors, kernel_name, random_matrix, run
+from fpx import BF16, TILES, Matrix, Result, encode_scales, errors, random_matrix, run
 
+ROOT = Path(__file__).parents[3]
+FLAGS = ["-std=c++20", "-O3", f"-I{ROOT}/cpp/src", f"-I{ROOT}/cuda"]
+X_TYPES = {"f16": "F16", "bf16": "Bf16", "f16_wide": "F16Wide"}
 Multiply = Callable[..., Result]
 
 
@@ -23,8 +27,19 @@ class Programs:
 
     def __call__(self, name: str) -> simgpu.Program:
         if name not in self.known:
-            self.known[name] = compile_kernel(name)
+            self.known[name] = simgpu.compile_text(
+                f'#include "kernels/fpx_instances.cuh"\n{_source(name)}', "sm_80", FLAGS
+            )
         return self.known[name]
+
+
+def _source(name: str) -> str:
+    if name == "fpx_reduce":
+        return "NG_FPX_REDUCE()"
+    x, kind, bits, rows = re.fullmatch(r"fpx_linear_(\w+)_(fp|int|nf)(\d)_m(\d+)", name).groups()
+    decoder = {"fp": f"DecodeFp<ng::cuda::{X_TYPES[x]}, {bits}>", "int": f"DecodeInt<ng::cuda::{X_TYPES[x]}, {bits}>"}
+    decoder["nf"] = f"DecodeCodebook<ng::cuda::{X_TYPES[x]}>"
+    return f"NG_FPX_KERNEL({X_TYPES[x]}, {x}, {kind}{bits}, {list(TILES).index(int(rows))}, {rows}, {decoder[kind]})"
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +47,13 @@ def programs() -> Programs:
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not installed")
     return Programs()
+
+
+def kernel_name(matrix: Matrix, x: np.ndarray, tile: int) -> str:
+    e, name = matrix.element, "bf16" if x.dtype == BF16 else "f16"
+    wide = "_wide" if e.is_wide() and name == "f16" else ""
+    kind = {"uint": "int", "nf4": "nf"}.get(e.kind, e.kind)
+    return f"fpx_linear_{name}{wide}_{kind}{e.bits}_m{tile}"
 
 
 @pytest.fixture
