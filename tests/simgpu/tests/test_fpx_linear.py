@@ -70,10 +70,11 @@ def activations(rng: np.random.Generator, m: int, k: int, dtype: type) -> np.nda
     return rng.standard_normal((m, k)).astype(dtype)
 
 
-def check(matrix: Matrix, x: np.ndarray, result: Result, bias: np.ndarray | None = None) -> None:
+def check(matrix: Matrix, x: np.ndarray, result: Result, *added: np.ndarray) -> None:
+    """added: bias and residual, where there were."""
     for launch in result.launches:
         launch.clean()
-    worst = errors(matrix, x, result.y, bias).max()
+    worst = errors(matrix, x, result.y, *added).max()
     assert worst <= 1, worst
 
 
@@ -113,13 +114,13 @@ def test_shapes(multiply: Multiply, element: str, group: int, kind: str, dtype: 
 @pytest.mark.parametrize("element, group, kind", [("fp6_e2m3", 128, "fp16"), ("uint4", 48, "bf16"), ("int8", 0, "row")])
 @pytest.mark.parametrize("m, tile", [(3, 8), (20, 64)])
 def test_splits(multiply: Multiply, element: str, group: int, kind: str, m: int, tile: int) -> None:
-    """Ranges of columns that start where groups do, more of them than there are stages, and a bias."""
+    """Ranges of columns that start where groups do, more of them than there are stages, bias and residual."""
     rng = np.random.default_rng(m)
     matrix, x = random_matrix(rng, element, group, kind, 70, 456), activations(rng, m, 456, np.float16)
-    bias = rng.standard_normal(70).astype(np.float32)
-    for splits in (2, 5):
-        result = multiply(matrix, x, tile, splits=splits, bias=bias, cross_block=True)
-        check(matrix, x, result, bias)
+    bias, residual = rng.standard_normal(70).astype(np.float32), activations(rng, m, 70, BF16)
+    for splits in (1, 2, 5):
+        result = multiply(matrix, x, tile, splits=splits, bias=bias, residual=residual, cross_block=splits > 1)
+        check(matrix, x, result, bias, residual)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, BF16], ids=["f16", "bf16"])
