@@ -268,7 +268,7 @@ class _OnGpu(torch.nn.Module):
             return self.layer(half).to(x.dtype)  # type: ignore[no-any-return]
         self.products += 1
         y = ng.linear(ng.Tensor.from_dlpack(half).to(self.device), self.q, self.bias)
-        return torch.from_dlpack(y.to("cpu")).to(x.dtype)
+        return torch.from_dlpack(y.to("cpu")).to(x.dtype)  # type: ignore[attr-defined]
 
 
 def _keep_layers(lm: CausalLM, count: int) -> int:

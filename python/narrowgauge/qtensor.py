@@ -195,15 +195,14 @@ class QTensor:
         """
         device = self.device if device is None else _native.device_name(device)
         if self._matrix is None or device != self.device:
+            arrays = self._arrays.on(device)
             q = self._unpacked().to("cpu")
-            self._set_packed(q._pack_new(q._borrow(q.canonical()), device))
+            self._set_packed(q._pack_new(q._borrow(q.canonical()), arrays))
         return self
 
-    def _pack_new(
-        self, canonical: tuple[Any, Any, Any | None, Any | None], device: str = "cpu"
-    ) -> _native.PackedMatrix:
-        """pre: the canonical arrays are on the host."""
-        block = self._arrays.on(device).block(_native.packed_bytes(self.format, self.rows, self.cols, device))
+    def _pack_new(self, canonical: tuple[Any, Any, Any | None, Any | None], arrays: Arrays) -> _native.PackedMatrix:
+        """For the device of `arrays`. pre: the canonical ones are on the host."""
+        block = arrays.block(_native.packed_bytes(self.format, self.rows, self.cols, arrays.device))
         return _native.pack(self.format, self.rows, self.cols, *canonical, block)
 
     def _set_packed(self, matrix: _native.PackedMatrix) -> None:
@@ -422,7 +421,8 @@ def load_matrix(matrix: FileMatrix, arrays: Arrays, *, pack: bool = False) -> QT
         # The codes are read in place; scales are copied, for a foreign file may hold them unaligned.
         codes, scales, zeros, global_scale = matrix.buffers
         assert scales is not None
-        q._set_packed(q._pack_new((codes, bytearray(scales), zeros, global_scale and bytearray(global_scale))))
+        canonical = codes, bytearray(scales), zeros, global_scale and bytearray(global_scale)
+        q._set_packed(q._pack_new(canonical, arrays))
     else:
         pairs = zip(matrix.parts, matrix.buffers, strict=True)
         q._canonical = Canonical(*(part and arrays.from_bytes(data, part[1], part[2]) for part, data in pairs))

@@ -122,13 +122,17 @@ def test_moves_to_a_gpu_pack_anew() -> None:
     """As far as a torch without CUDA shows it; what follows is in test_cuda_linear.py."""
     layer, embedding = linear(), ng.nn.Embedding(linear().weight)
     block = layer.packed
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(tensor, device="cuda")
+
     with FakeTensorMode(allow_non_fake_inputs=True):
         if not torch.cuda.is_available():
             with pytest.raises(ng.CudaError, match="has no CUDA device, expected one for tensors on cuda:0"):
-                layer.to("cuda")
+                layer._apply(move)
             assert layer.packed is block and layer.weight.device == "cpu"
         with pytest.raises(NotImplementedError, match="it cannot be moved to cuda:0"):
-            embedding.to("cuda")
+            embedding._apply(move)
 
 
 def test_embedding() -> None:

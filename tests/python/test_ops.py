@@ -92,7 +92,8 @@ def test_fake_tensors_on_a_gpu(q: ng.QTensor) -> None:
     for name, found in (("linear", True), ("linear_backward", False), ("gather", False)):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"narrowgauge::{name}", "CUDA") == found
     with FakeTensorMode():
-        x, packed, bias = torch.empty(7, 96).half().cuda(), torch.empty(64).byte().cuda(), torch.empty(48).cuda()
+        x = torch.empty(7, 96, dtype=torch.float16, device="cuda")
+        packed, bias = torch.empty(64, dtype=torch.uint8, device="cuda"), torch.empty(48, device="cuda")
         y = ng.ops.linear(x, packed, bias, *weights(q))
         assert y.shape == (7, 48) and y.dtype == torch.float16 and y.device.type == "cuda"
     with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(ValueError, match="expected cpu, where q is"):
