@@ -154,7 +154,7 @@ constexpr Product kLinear{
       linear(x, weights, bias, y, default_executor());
     },
     [](const TensorView& x, const PackedView& weights, const TensorView* bias, const TensorView& y, void* workspace,
-       const Stream& stream) { linear(x, weights, bias, y, workspace, stream); }};
+       const Stream& stream) { linear(x, weights, bias, nullptr, y, workspace, stream); }};
 
 constexpr Product kBackward{
     "dy",

@@ -293,7 +293,8 @@ ng_status ng_cuda_linear(const ng_tensor* x, const char* format, const ng_cuda_p
     const ng::PackedView packed{ng::Format::parse(&checked(format, "format")), block.rows, block.cols, block.data};
     std::optional<ng::TensorView> bias_view;
     if (bias != nullptr) bias_view = view_of(bias, "bias");
-    ng::linear(input, packed, bias_view ? &*bias_view : nullptr, output, workspace, stream_of(device, stream));
+    ng::linear(input, packed, bias_view ? &*bias_view : nullptr, /*residual=*/nullptr, output, workspace,
+               stream_of(device, stream));
   });
 }
 
