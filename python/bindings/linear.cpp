@@ -45,10 +45,8 @@ Allocated allocate(const dlpack::ExchangeApi& api, TensorView prototype, Device 
                         .byte_offset = 0};
   dlpack::ManagedTensor* managed = nullptr;
   if (api.allocate(&wanted, &managed, nullptr, set_python_error) != 0) nb::raise_python_error();
-  prototype.data = managed->tensor.data;
-  if (prototype.data != nullptr) {
-    prototype.data = static_cast<char*>(managed->tensor.data) + managed->tensor.byte_offset;
-  }
+  auto* data = static_cast<char*>(managed->tensor.data);
+  prototype.data = data == nullptr ? nullptr : data + managed->tensor.byte_offset;
   void* object = nullptr;
   if (api.managed_to_object(managed, &object) != 0) nb::raise_python_error();
   return {nb::steal(static_cast<PyObject*>(object)), prototype};
@@ -156,12 +154,10 @@ constexpr Product kLinear{
     [](const TensorView& x, const PackedView& weights, const TensorView* bias, const TensorView& y, void* workspace,
        const Stream& stream) { linear(x, weights, bias, nullptr, y, workspace, stream); }};
 
-constexpr Product kBackward{
-    "dy",
-    [](const TensorView& dy, const PackedView& weights, const TensorView*, const TensorView& dx) {
-      linear_backward_input(dy, weights, dx, default_executor());
-    },
-    nullptr};
+constexpr Product kBackward{"dy",
+                            [](const TensorView& dy, const PackedView& weights, const TensorView*,
+                               const TensorView& dx) { linear_backward_input(dy, weights, dx, default_executor()); },
+                            nullptr};
 
 }  // namespace
 

@@ -49,8 +49,13 @@ int make(PyObject* self, PyObject* arguments, PyObject*) {
 
 int view_from_object(void* object, dlpack::Tensor* out) {
   auto* array = static_cast<Array*>(object);
-  *out = {reinterpret_cast<void*>(array->data), {dlpack::kCuda, array->device}, array->ndim, array->dtype, array->shape,
-          array->strides, 0};
+  *out = {reinterpret_cast<void*>(array->data),
+          {dlpack::kCuda, array->device},
+          array->ndim,
+          array->dtype,
+          array->shape,
+          array->strides,
+          0};
   return 0;
 }
 

@@ -103,9 +103,9 @@ ng_status ng_linear(const ng_tensor* x, const ng_qtensor* weights, const ng_tens
 
 /* --- on a GPU ----------------------------------------------------------------------------------------------------
  *
- * Pointers in these are addresses of cuda:`device`, but where the host is named, and work goes to `stream`, a CUstream or cudaStream_t of that
- * device (null: the default one), in whose order it runs; ng_cuda_synchronize() alone waits. They may be captured into
- * a CUDA graph. Memory is the caller's; nothing is allocated.
+ * Pointers in these are addresses of cuda:`device`, unless the host is named, and work goes to `stream`, a CUstream or
+ * cudaStream_t of that device (null: the default one), in whose order it runs; ng_cuda_synchronize() alone waits. They
+ * may be captured into a CUDA graph. Memory is the caller's; nothing is allocated.
  */
 
 /* Why no GPU can be used; "" if one can. */

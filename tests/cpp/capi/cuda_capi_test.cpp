@@ -117,8 +117,7 @@ TEST(CudaCApi, Multiplies) {
   EXPECT_EQ(ng_cuda_linear(&x_here, kExact, &weights, nullptr, &y_there, workspace, 0, nullptr), NG_INVALID_ARGUMENT);
   EXPECT_NE(std::strstr(ng_last_error(), "x lies in host memory"), nullptr) << ng_last_error();
   EXPECT_EQ(ng_cuda_linear(&x_there, kExact, nullptr, nullptr, &y_there, workspace, 0, nullptr), NG_INVALID_ARGUMENT);
-  EXPECT_EQ(ng_cuda_linear(&x_there, nullptr, &weights, nullptr, &y_there, workspace, 0, nullptr),
-            NG_INVALID_ARGUMENT);
+  EXPECT_EQ(ng_cuda_linear(&x_there, nullptr, &weights, nullptr, &y_there, workspace, 0, nullptr), NG_INVALID_ARGUMENT);
   EXPECT_EQ(ng_cuda_synchronize(0, nullptr), NG_OK) << ng_last_error();
 }
 
