@@ -48,14 +48,14 @@ function(add_image name)
     list(APPEND parts ${out}.ptx)
     set(IMAGE_PTX ".incbin \"${out}.ptx\"")
     if(cubins)
-      # The code of all is made from the same PTX, since the kernels use nothing newer: the compiler's first half, which
-      # takes the longest, runs once. Two of the second halves at a time.
+      # The kernels use nothing newer than that PTX, so all code is made from it, and the compiler's first half runs once.
+      # Two of its second halves at a time.
       list(TRANSFORM cubins PREPEND sm_ OUTPUT_VARIABLE codes)
       list(JOIN codes "," codes)
       add_custom_command(OUTPUT ${out}.fatbin
-        COMMAND ${NARROWGAUGE_NVCC} ${nvcc_options} --threads 2 --compress-mode=size -fatbin
-                -gencode=arch=compute_${ptx},code=[${codes}] -MD -MF ${out}.fatbin.d -o ${out}.fatbin ${source}
-        DEPENDS ${source} DEPFILE ${out}.fatbin.d VERBATIM COMMENT "Compiling ${name} to cubins")
+        COMMAND ${NARROWGAUGE_NVCC} --threads 2 --compress-mode=size -fatbin -gencode=arch=compute_${ptx},code=[${codes}]
+                -o ${out}.fatbin ${out}.ptx
+        DEPENDS ${out}.ptx VERBATIM COMMENT "Assembling ${name}")
       list(APPEND parts ${out}.fatbin)
       set(IMAGE_CUBINS ".incbin \"${out}.fatbin\"")
     endif()
