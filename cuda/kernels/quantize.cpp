@@ -9,6 +9,7 @@
 
 #include "driver/kernel.hpp"
 #include "driver/pointer.hpp"
+#include "kernels/arrays.hpp"
 #include "kernels/quantize_args.hpp"
 #include "narrowgauge/error.hpp"
 #include "narrowgauge/quantize.hpp"
@@ -23,7 +24,7 @@ extern const Image sm80_quantize;
 
 namespace {
 
-using cuda::Arrays;
+using cuda::arrays_of;
 using cuda::ContextScope;
 using cuda::images::sm80_quantize;
 
@@ -145,22 +146,6 @@ cuda::ScaleCoding scale_coding(const Format& format, bool ceil) {
       .most = type.most,
       .divisor = rule.divisor,
   };
-}
-
-// Checks the arrays and takes them.
-Arrays arrays_of(const CanonicalView& matrix, int device) {
-  cuda::check_pointer(matrix.codes, "codes", device, 1);
-  cuda::check_pointer(matrix.scales, "scales", device, scale_bytes(matrix.format.scale));
-  Arrays arrays{.codes = matrix.codes, .scales = matrix.scales, .zeros = nullptr, .global_scale = nullptr};
-  if (matrix.format.element.has_zero_point()) {
-    cuda::check_pointer(matrix.zeros, "zeros", device, 1);
-    arrays.zeros = matrix.zeros;
-  }
-  if (matrix.format.has_global_scale()) {
-    cuda::check_pointer(matrix.global_scale, "global_scale", device, sizeof(float));
-    arrays.global_scale = matrix.global_scale;
-  }
-  return arrays;
 }
 
 // --- launches ------------------------------------------------------------------------------------------------------
