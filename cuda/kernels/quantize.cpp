@@ -145,6 +145,7 @@ cuda::ScaleCoding scale_coding(const Format& format, bool ceil) {
       .least = int64_t{type.least + 1023} << 52,
       .most = type.most,
       .divisor = rule.divisor,
+      .nan = rule.nan,
   };
 }
 
@@ -225,6 +226,7 @@ void quantize(const TensorView& weights, const CanonicalView& out, const Quantiz
   args.element = codec::element_of(format.element, options.full_range);
   args.scale = scale_coding(format, options.e8m0_ceil);
   args.saturate = options.nan == NanPolicy::saturate;
+  args.keep = options.nan == NanPolicy::keep;
   args.seed = options.seed;
   args.origin = found_check().origin(matrix.cols, device);
 

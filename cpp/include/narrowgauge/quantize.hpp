@@ -66,6 +66,8 @@ enum class ScaleSearch : uint8_t {
 enum class NanPolicy : uint8_t {
   error,     // NaN or Inf in the input throws InvalidArgument naming the first index
   saturate,  // Inf becomes the largest finite float of its sign, NaN zero
+  keep,  // a group with NaN or Inf gets the scale NaN and codes 0, so that all of its values are NaN; for the global
+         // scale its elements that are not finite count as 0
 };
 
 struct QuantizeOptions {
@@ -89,9 +91,9 @@ struct QuantizeOptions {
 // weights [.., cols] in f32, f16 or bf16, leading axes flattened to rows; rows dense.
 // pre: out has the matrix's rows and cols and arrays of canonical_bytes().
 void quantize(const TensorView& weights, const CanonicalView& out, const QuantizeOptions& options, Executor& executor);
-// On a device NaN and Inf are found when the kernel runs: a synchronize() of the device then throws the
-// InvalidArgument, and what was written is undefined. Of several matrices since the last one it names one. No
-// ScaleSearch::mse.
+// On a device NaN and Inf are found when the kernel runs: under NanPolicy::error a synchronize() of the device then
+// throws the InvalidArgument, and what was written is undefined. Of several matrices since the last one it names one.
+// No ScaleSearch::mse.
 void quantize(const TensorView& weights, const CanonicalView& out, const QuantizeOptions& options,
               const Stream& stream);
 

@@ -367,6 +367,29 @@ TEST_F(CudaQuantizeTest, WhatIsNotFiniteIsRaisedOnceByTheNextWait) {
   }
 }
 
+TEST_F(CudaQuantizeTest, GroupsWithNanOrInfinityAreKeptAsNan) {
+  std::vector<Format> formats;
+  for (const ScaleType scale : {ScaleType::fp32, ScaleType::fp16, ScaleType::bf16, ScaleType::e8m0, ScaleType::e4m3}) {
+    formats.push_back({Format::parse("fp6_e2m3").element, 128, scale});
+    formats.push_back({Format::parse("uint4").element, 0, scale});
+  }
+  for (const char* text : {"int8:g16:bf16", "int8:row:fp32", "nf4:g64:fp16", "fp8_e4m3:g48:fp16", "uint3:g32:e4m3"}) {
+    formats.push_back(Format::parse(text));
+  }
+  for (size_t i = 0; i < formats.size(); ++i) {
+    Floats weights(kTypes[i % 3], 5, 1200, 1200, 7);
+    weights.set(1, NAN);
+    weights.set(1200 + 1199, -INFINITY);
+    weights.set(3 * 1200 + 600, INFINITY);
+    weights.set(3 * 1200 + 601, NAN);
+    EXPECT_EQ(quantized(weights, formats[i], {.nan = NanPolicy::keep}), "");
+    EXPECT_EQ(quantized(weights, formats[i], {.nan = NanPolicy::keep, .stochastic = true, .seed = 3}), "");
+    const QTensor q = QTensor::quantize(weights.view(), formats[i], {.nan = NanPolicy::keep});
+    EXPECT_EQ(dequantized({q.canonical_view()}, kTypes[(i + 1) % 3], 1200), "");
+    EXPECT_EQ(dequantized({q.canonical_view(), q.canonical_view()}, kTypes[(i + 2) % 3], 1200), "");
+  }
+}
+
 TEST_F(CudaQuantizeTest, ReplaysInAGraph) {
   const Format format = Format::parse("nvfp4");
   Floats weights(DType::f16, 5, 300, 300, 8);
