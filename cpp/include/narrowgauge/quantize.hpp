@@ -123,12 +123,14 @@ int64_t packed_bytes(const Format& format, int64_t rows, int64_t cols);
 void pack(const CanonicalView& matrix, uint8_t* packed, Executor& executor);
 void unpack(const PackedView& packed, const CanonicalView& out, Executor& executor);
 
-// The packed layout of GPUs (quantize/cuda_layout.hpp), made and read in host memory: the block is copied to a device
-// as it is, aligned to 128 bytes there. A PackedView of it has that address.
+// The packed layout of GPUs (quantize/cuda_layout.hpp), made and read in host memory, from where the block is copied to
+// a device as it is, or on the device. It is aligned to 128 bytes there; a PackedView of it has that address.
 int64_t cuda_packed_bytes(const Format& format, int64_t rows, int64_t cols);
 // unpack_cuda(pack_cuda(x)) == x, bit for bit; every byte of the block is determined by x.
 void pack_cuda(const CanonicalView& matrix, uint8_t* packed, Executor& executor);
+void pack_cuda(const CanonicalView& matrix, uint8_t* packed, const Stream& stream);
 void unpack_cuda(const PackedView& packed, const CanonicalView& out, Executor& executor);
+void unpack_cuda(const PackedView& packed, const CanonicalView& out, const Stream& stream);
 
 // out[i, :] = dequantized row indices[i]; out [count, cols] in f32, f16 or bf16. Throws InvalidArgument naming the
 // first index outside [0, rows).
