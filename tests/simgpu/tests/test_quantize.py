@@ -15,11 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simgpu
+from images import FLAGS, KERNELS, image
 from simgpu import static
 
-ROOT = Path(__file__).resolve().parents[3]
-SOURCE = ROOT / "cuda/kernels/sm80_quantize.cu"
-FLAGS = ["-std=c++20", "-O3", "-fmad=false", f"-I{ROOT}/cpp/src", f"-I{ROOT}/cuda"]
+SOURCE = KERNELS / "sm80_quantize.cu"
 ROWS, COLS, PEERS = 16, 4096, 64
 SIZES = {"f32": 4, "f16": 2, "bf16": 2}
 
@@ -113,7 +112,7 @@ def shape(bits: int, group: int, rows: int, cols: int) -> ctypes.Structure:
 def program() -> simgpu.Program:
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not installed")
-    return simgpu.compile(SOURCE, flags=FLAGS)
+    return image(SOURCE.stem)
 
 
 class Matrix:
