@@ -295,7 +295,7 @@ TEST_F(CudaQuantizeTest, EveryCodeHasTheCpusValue) {
   }
 }
 
-TEST_F(CudaQuantizeTest, StochasticRoundingEqualsTheCpus) {
+TEST_F(CudaQuantizeTest, EveryStochasticCodeEqualsTheCpus) {
   uint32_t seed = 0;
   for (const Element& e : all_elements()) {
     ++seed;
