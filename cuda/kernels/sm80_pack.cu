@@ -365,9 +365,10 @@ __device__ void convert_row_scales(const PackArgs& args) {
 
 // --- entries -------------------------------------------------------------------------------------------------------
 
-#define NG_KERNEL(name, ...)                                                                                \
-  extern "C" __global__ void __launch_bounds__(256) name(const __grid_constant__ ng::cuda::PackArgs args) { \
-    ng::cuda::__VA_ARGS__(args);                                                                            \
+// Three blocks on a multiprocessor: left to itself, ptxas spills for more.
+#define NG_KERNEL(name, ...)                                                                                   \
+  extern "C" __global__ void __launch_bounds__(256, 3) name(const __grid_constant__ ng::cuda::PackArgs args) { \
+    ng::cuda::__VA_ARGS__(args);                                                                               \
   }
 #define NG_KERNELS(suffix, ...)                           \
   NG_KERNEL(pack_codes_##suffix, pack_codes<__VA_ARGS__>) \

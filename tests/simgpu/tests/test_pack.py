@@ -153,5 +153,5 @@ def test_registers(arch: str) -> None:
         pytest.skip("nvcc is not installed")
     for name, kernel in static.resources(KERNELS / "sm80_pack.cu", arch, FLAGS).items():
         print(f"{arch} {name}: {kernel.registers} registers, {kernel.shared} bytes of shared memory")
-        assert kernel.registers <= 64, name
+        assert kernel.registers <= 80, name  # three blocks of 256 threads
         assert kernel.stack == kernel.spill_stores == kernel.spill_loads == 0, name
