@@ -52,8 +52,10 @@ inline constexpr int kTileCount = 4;
 // Where results go, and what is done to sums on the way.
 struct FpxOutput {
   void* y;
-  int64_t y_stride;  // elements
-  const void* bias;  // null: none
+  int64_t y_stride;         // elements
+  const void* bias;         // null: none
+  const void* residual;     // null: none; may be y
+  int64_t residual_stride;  // elements
   // Null, or for every row of weights what its sums are multiplied by, and what is added: 0, or NaN for a row with a
   // special code.
   const float* row_scales;
@@ -62,6 +64,7 @@ struct FpxOutput {
   float factor;               // of all sums, before row_scales
   FpxReal y_type;
   FpxReal bias_type;
+  FpxReal residual_type;
   int32_t m;
   int32_t n;
 };

@@ -189,6 +189,20 @@ void set_x(const MatrixView& x, FpxArgs& args) {
   args.k = static_cast<int32_t>(x.cols);
 }
 
+void set_residual(const TensorView& tensor, const MatrixView& y, cuda::FpxOutput& out) {
+  const MatrixView residual = as_matrix(tensor, "residual");
+  NG_CHECK(residual.rows == y.rows && residual.cols == y.cols, InvalidArgument, "residual has shape ",
+           tensor.shape_str(), "; expected that of y, [", y.rows, ", ", y.cols, "]");
+  // Elements are read where they are replaced, or nowhere near.
+  const bool same_rows = y.rows <= 1 || residual.row_stride == y.row_stride;
+  NG_CHECK(residual.data != y.data || (residual.dtype == y.dtype && same_rows), InvalidArgument,
+           "residual starts where y does, as ", dtype_name(residual.dtype), " with rows ", residual.row_stride,
+           " elements apart; expected those of y, ", dtype_name(y.dtype), " and ", y.row_stride);
+  out.residual = residual.data;
+  out.residual_stride = residual.row_stride;
+  out.residual_type = real_type(residual.dtype, "residual");
+}
+
 // Asked once of the driver.
 int multiprocessors(int device) {
   static std::array<std::atomic<int>, 64> known{};
@@ -212,8 +226,8 @@ int64_t linear_workspace_bytes(int64_t rows, const Format& format, int64_t n, in
   return plan.splits == 1 ? 0 : plan.splits * rows * n * static_cast<int64_t>(sizeof(float));
 }
 
-void linear(const TensorView& x_tensor, const PackedView& packed, const TensorView* bias, const TensorView& y_tensor,
-            void* workspace, const Stream& stream) {
+void linear(const TensorView& x_tensor, const PackedView& packed, const TensorView* bias, const TensorView* residual,
+            const TensorView& y_tensor, void* workspace, const Stream& stream) {
   const MatrixView x = as_matrix(x_tensor, "x");
   const MatrixView y = as_matrix(y_tensor, "y");
   NG_CHECK(x.dtype == DType::f16 || x.dtype == DType::bf16, InvalidArgument, "x is ", dtype_name(x.dtype),
@@ -235,12 +249,14 @@ void linear(const TensorView& x_tensor, const PackedView& packed, const TensorVi
     NG_CHECK(bias->is_contiguous(), InvalidArgument, "bias is strided; expected dense elements");
     args.out.bias = bias->data;
   }
+  if (residual != nullptr) set_residual(*residual, y, args.out);
   const int device = stream.device();
   const ContextScope context(device);
   cuda::check_pointer(x.data, "x", device, dtype_bytes(x.dtype));
   cuda::check_pointer(y.data, "y", device, dtype_bytes(y.dtype));
   cuda::check_pointer(packed.data, "weights", device, kCudaAlignment);
   if (bias != nullptr) cuda::check_pointer(bias->data, "bias", device, dtype_bytes(bias->dtype));
+  if (residual != nullptr) cuda::check_pointer(residual->data, "residual", device, dtype_bytes(residual->dtype));
   if (x.rows == 0 || packed.rows == 0) return;
 
   const Element& element = packed.format.element;

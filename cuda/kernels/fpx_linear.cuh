@@ -1,4 +1,4 @@
-// y = x @ w.T + b for narrow weights: the kernel, for any decoder, activation type and tile.
+// y = x @ w.T + b + r for narrow weights: the kernel, for any decoder, activation type and tile.
 //
 // A block has a tile of rows of weights and rows of x, and a range of columns; so does each team of its warps. A stage
 // of 64 columns goes from global to shared memory by asynchronous copies, some stages ahead: weights in the order in
@@ -35,6 +35,7 @@ __device__ __forceinline__ void store_result(const FpxOutput& out, int64_t m, in
   if (out.global_scale != nullptr) value *= *out.global_scale;
   if (out.row_specials != nullptr) value += out.row_specials[n];
   if (out.bias != nullptr) value += load_real(out.bias, n, out.bias_type);
+  if (out.residual != nullptr) value += load_real(out.residual, m * out.residual_stride + n, out.residual_type);
   const int64_t index = m * out.y_stride + n;
   if (out.y_type == FpxReal::f32) {
     static_cast<float*>(out.y)[index] = value;

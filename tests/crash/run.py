@@ -28,6 +28,7 @@ from random import Random
 from typing import NamedTuple
 
 from events import EVENTS, Event, Lab, happen, why_not
+from images import hide_mounts
 from processes import Worker
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -68,6 +69,9 @@ def main() -> int:
     args = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
+
+    if any(event.part in args.only and event.filesystem and not why_not(event) for event in EVENTS):
+        hide_mounts()
 
     start = time.monotonic()
     console = Console(stderr=True)

@@ -21,14 +21,16 @@ namespace ng {
 void linear(const TensorView& x, const PackedView& weights, const TensorView* bias, const TensorView& y,
             Executor& executor);
 
-// On the stream's device, by Tensor Cores; within the same bound. All pointers are memory of that device: x (f16 or
-// bf16) and y, weights that pack_cuda made (aligned to 128 bytes), bias, and the workspace of linear_workspace_bytes()
-// for the same shapes, null where that is 0; its contents do not matter, and calls on one stream may share it. The same
-// bits every time. Nothing is allocated and nothing waits, so that it may be captured into a graph, once a first call
-// with this Format has loaded its kernels. A row of weights with a NaN or Inf code gives NaN; where a group's scale is
-// above 2^103 and activations are f16, it is taken as the largest float over 2^24. Throws InvalidArgument, CudaError.
-void linear(const TensorView& x, const PackedView& weights, const TensorView* bias, const TensorView& y,
-            void* workspace, const Stream& stream);
+// y = x @ w.T + b + r on the stream's device, by Tensor Cores; within the same bound, to which a residual adds
+// 2^-24 |b|. All pointers are memory of that device: x (f16 or bf16) and y, weights that pack_cuda made (aligned to 128
+// bytes), bias, residual (null, or [.., N] of f32, f16 or bf16 with dense rows; y itself or apart from it), and the
+// workspace of linear_workspace_bytes() for the same shapes, null where that is 0; its contents do not matter, and
+// calls on one stream may share it. The same bits every time. Nothing is allocated and nothing waits, so that it may be
+// captured into a graph, once a first call with this Format has loaded its kernels. A row of weights with a NaN or Inf
+// code gives NaN; where a group's scale is above 2^103 and activations are f16, it is taken as the largest float over
+// 2^24. Throws InvalidArgument, CudaError.
+void linear(const TensorView& x, const PackedView& weights, const TensorView* bias, const TensorView* residual,
+            const TensorView& y, void* workspace, const Stream& stream);
 
 // Bytes for `rows` rows of x on cuda:`device`. Throws CudaError, InvalidArgument.
 int64_t linear_workspace_bytes(int64_t rows, const Format& format, int64_t n, int64_t k, int device);

@@ -81,7 +81,7 @@ class CudaLinearTest : public CudaKernelTest {
     const TensorView y_view(reserve(y_bytes), y_type, {m, n});
     const int64_t bytes = linear_workspace_bytes(m, format, n, k, 0);
     void* workspace = bytes == 0 ? nullptr : reserve(static_cast<size_t>(bytes));
-    linear(x_view, weights, with_bias ? &bias_view : nullptr, y_view, workspace, *stream_);
+    linear(x_view, weights, with_bias ? &bias_view : nullptr, nullptr, y_view, workspace, *stream_);
     const std::vector<std::byte> y = CudaMemory::download(static_cast<std::byte*>(y_view.data), y_bytes, *stream_);
     stream_->synchronize();
 
@@ -144,10 +144,47 @@ TEST_F(CudaLinearTest, RowsWithSpecialCodesGiveNan) {
       matrix.set_code(66, 99, 0x7f);
       const TensorView x(put(as_bytes(normal(2 * 100), dtype)), dtype, {2, 100});
       const TensorView y(reserve(2 * 70 * 4), DType::f32, {2, 70});
-      linear(x, put(matrix), nullptr, y, nullptr, *stream_);
+      linear(x, put(matrix), nullptr, nullptr, y, nullptr, *stream_);
       const std::vector<std::byte> bytes = CudaMemory::download(static_cast<std::byte*>(y.data), 2 * 70 * 4, *stream_);
       stream_->synchronize();
       for (size_t i = 0; i < 140; ++i) EXPECT_EQ(std::isnan(as_float(&bytes[4 * i], DType::f32)), i % 70 == 66) << i;
+    }
+  }
+}
+
+// Of y itself as of another tensor, with columns split or not: one more sum of the same bits.
+TEST_F(CudaLinearTest, ResidualsAreAdded) {
+  for (const int64_t k : {128, 4096}) {
+    next_ = memory_->data();
+    const Format format = Format::parse("nf4:g64:fp16");
+    Matrix matrix = test::random_matrix(format, 70, k, random_);
+    const PackedView weights = put(matrix);
+    const int64_t bytes = linear_workspace_bytes(2, format, 70, k, 0);
+    ASSERT_EQ(bytes > 0, k == 4096);
+    void* workspace = bytes == 0 ? nullptr : reserve(static_cast<size_t>(bytes));
+    const TensorView x(put(as_bytes(normal(2 * k), DType::f16)), DType::f16, {2, k});
+    const TensorView bias(put(as_bytes(normal(70), DType::bf16)), DType::bf16, {70});
+    const std::vector<std::byte> halves = as_bytes(normal(2 * 80), DType::f16);
+    std::vector<float> residuals(2 * 70);
+    for (size_t i = 0; i < residuals.size(); ++i) {
+      residuals[i] = as_float(&halves[2 * (i / 70 * 80 + i % 70)], DType::f16);
+    }
+    TensorView apart(put(halves), DType::f16, {2, 70});
+    apart.strides[0] = 80;
+    const TensorView plain(reserve(2 * 70 * 4), DType::f32, {2, 70}), sum(reserve(2 * 70 * 4), DType::f32, {2, 70});
+    const TensorView in_place(put(as_bytes(residuals, DType::f32)), DType::f32, {2, 70});
+    linear(x, weights, &bias, nullptr, plain, workspace, *stream_);
+    linear(x, weights, &bias, &apart, sum, workspace, *stream_);
+    linear(x, weights, &bias, &in_place, in_place, workspace, *stream_);
+    const auto download = [&](const TensorView& y) {
+      return CudaMemory::download(static_cast<std::byte*>(y.data), 2 * 70 * 4, *stream_);
+    };
+    const std::vector<std::byte> expected = download(plain), got = download(sum), got_in_place = download(in_place);
+    stream_->synchronize();
+    for (size_t i = 0; i < residuals.size(); ++i) {
+      const float value = as_float(&expected[4 * i], DType::f32) + residuals[i];
+      ASSERT_EQ(as_float(&got[4 * i], DType::f32), value) << k << ' ' << i;
+      ASSERT_EQ(as_float(&got_in_place[4 * i], DType::f32), value) << k << ' ' << i;
     }
   }
 }
@@ -161,7 +198,7 @@ TEST_F(CudaLinearTest, SameBitsEveryTime) {
   std::vector<std::byte> first;
   for (int i = 0; i < 2; ++i) {
     const TensorView y(reserve(64 * 4), DType::f32, {1, 64});
-    linear(x, weights, nullptr, y, workspace, *stream_);
+    linear(x, weights, nullptr, nullptr, y, workspace, *stream_);
     const std::vector<std::byte> bytes = CudaMemory::download(static_cast<std::byte*>(y.data), 64 * 4, *stream_);
     stream_->synchronize();
     if (i == 0) first = bytes;
@@ -181,16 +218,19 @@ TEST_F(CudaLinearTest, RefusesWhatDoesNotFit) {
   const PackedView weights = put(matrix);
   const TensorView x(reserve(2 * 128 * 2), DType::f16, {2, 128}), y(reserve(2 * 64 * 2), DType::f16, {2, 64});
   const TensorView x32(x.data, DType::f32, {1, 128}), short_x(x.data, DType::f16, {2, 64});
-  EXPECT_THROW(linear(x32, weights, nullptr, y, nullptr, *stream_), InvalidArgument);
-  EXPECT_THROW(linear(short_x, weights, nullptr, y, nullptr, *stream_), InvalidArgument);
-  EXPECT_THROW(linear(x, weights, nullptr, x, nullptr, *stream_), InvalidArgument);
+  EXPECT_THROW(linear(x32, weights, nullptr, nullptr, y, nullptr, *stream_), InvalidArgument);
+  EXPECT_THROW(linear(short_x, weights, nullptr, nullptr, y, nullptr, *stream_), InvalidArgument);
+  EXPECT_THROW(linear(x, weights, nullptr, nullptr, x, nullptr, *stream_), InvalidArgument);
+  const TensorView narrow(y.data, DType::f16, {2, 63}), y_as_bf16(y.data, DType::bf16, {2, 64});
+  EXPECT_THROW(linear(x, weights, nullptr, &narrow, y, nullptr, *stream_), InvalidArgument);
+  EXPECT_THROW(linear(x, weights, nullptr, &y_as_bf16, y, nullptr, *stream_), InvalidArgument);
   std::vector<uint16_t> host(256);
   const TensorView host_x(host.data(), DType::f16, {2, 128});
-  EXPECT_THROW(linear(host_x, weights, nullptr, y, nullptr, *stream_), InvalidArgument);
+  EXPECT_THROW(linear(host_x, weights, nullptr, nullptr, y, nullptr, *stream_), InvalidArgument);
   Matrix wide = test::random_matrix(format, 64, 8192, random_);
   ASSERT_GT(linear_workspace_bytes(2, format, 64, 8192, 0), 0);
   const TensorView wide_x(reserve(2 * 8192 * 2), DType::f16, {2, 8192});
-  EXPECT_THROW(linear(wide_x, put(wide), nullptr, y, nullptr, *stream_), InvalidArgument);
+  EXPECT_THROW(linear(wide_x, put(wide), nullptr, nullptr, y, nullptr, *stream_), InvalidArgument);
 }
 
 }  // namespace

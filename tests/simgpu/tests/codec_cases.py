@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import simgpu
-from images import FLAGS
+from shipped import FLAGS
 from test_quantize import COLS, dequantize, quantize
 
 SOURCE = "../../../cuda/kernels/sm80_quantize.cu"

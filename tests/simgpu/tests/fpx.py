@@ -225,8 +225,8 @@ _U32, _I32, _F32, _PTR, _I64 = ctypes.c_uint32, ctypes.c_int32, ctypes.c_float, 
 
 class Output(ctypes.Structure):
     _fields_ = _fields(
-        y=_PTR, y_stride=_I64, bias=_PTR, row_scales=_PTR, row_specials=_PTR, global_scale=_PTR, factor=_F32,
-        y_type=_I32, bias_type=_I32, m=_I32, n=_I32,
+        y=_PTR, y_stride=_I64, bias=_PTR, residual=_PTR, residual_stride=_I64, row_scales=_PTR, row_specials=_PTR,
+        global_scale=_PTR, factor=_F32, y_type=_I32, bias_type=_I32, residual_type=_I32, m=_I32, n=_I32,
     )  # fmt: skip
 
 
@@ -288,6 +288,7 @@ def run(
     *,
     splits: int = 1,
     bias: np.ndarray | None = None,
+    residual: np.ndarray | None = None,
     y_type: type | None = None,
     reducer: simgpu.Program | None = None,
     x_skew: int = 0,
@@ -319,6 +320,9 @@ def run(
         out.global_scale = device.array(np.float32([matrix.global_scale]), readonly=True).ptr
     if bias is not None:
         out.bias, out.bias_type = device.array(bias, readonly=True).ptr, REALS[bias.dtype.name]
+    if residual is not None:
+        out.residual, out.residual_stride = device.array(residual, readonly=True).ptr, n
+        out.residual_type = REALS[residual.dtype.name]
     args.out = out
     blocks, warps, teams, stages = TILES[tile]
     weight_rows = blocks * warps * 16
@@ -339,14 +343,18 @@ def run(
 # --- the specification -----------------------------------------------------------------------------------------------
 
 
-def errors(matrix: Matrix, x: np.ndarray, y: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+def errors(
+    matrix: Matrix, x: np.ndarray, y: np.ndarray, bias: np.ndarray | None = None, residual: np.ndarray | None = None
+) -> np.ndarray:
     """Errors in units of what linear.hpp allows."""
     w, wide, k = matrix.weights(), x.astype(float), x.shape[1]
-    reference = wide @ w.T + (0 if bias is None else bias.astype(float))
+    offset = 0 if bias is None else bias.astype(float)
+    reference = wide @ w.T + offset + (0 if residual is None else residual.astype(float))
     magnitude = np.abs(wide) @ np.abs(w).T
     unit, least = {"float16": (2.0**-11, 2.0**-25), "bfloat16": (2.0**-8, 2.0**-134), "float32": (2.0**-24, 2.0**-150)}[
         y.dtype.name
     ]
     bound = 2.0**-24 * (16 + k / 16) * magnitude + unit * np.abs(reference) + least + 2.0**-150 * (16 + k / 16)
+    bound += 0 if residual is None else 2.0**-24 * np.abs(offset)
     bound += 2.0**-126 * (np.abs(w) + np.abs(matrix.scale_values())).sum(axis=1)
     return np.abs(y.astype(float) - reference) / bound

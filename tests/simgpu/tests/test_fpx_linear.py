@@ -6,9 +6,9 @@ import re
 import shutil
 from pathlib import Path
 
-import images
 import numpy as np
 import pytest
+import shipped
 import simgpu
 import simgpu.static
 from fpx import BF16, TILES, Matrix, Result, encode_scales, errors, random_matrix, run
@@ -22,14 +22,14 @@ def program(name: str) -> simgpu.Program:
         pytest.skip("nvcc is not installed")
     include = '#include "kernels/fpx_instances.cuh"\n'
     if name == "fpx_reduce":
-        return images.kernel("sm80_fpx_linear_nf4", name, f"{include}NG_FPX_REDUCE()")
+        return shipped.kernel("sm80_fpx_linear_nf4", name, f"{include}NG_FPX_REDUCE()")
     x, kind, bits, rows = re.fullmatch(r"fpx_linear_(\w+)_(fp|int|nf)(\d)_m(\d+)", name).groups()
     decoder = {"fp": f"DecodeFp<ng::cuda::{X_TYPES[x]}, {bits}>", "int": f"DecodeInt<ng::cuda::{X_TYPES[x]}, {bits}>"}
     decoder["nf"] = f"DecodeCodebook<ng::cuda::{X_TYPES[x]}>"
     half = "f16" if x == "f16" else "bf16"
     image = f"sm80_fpx_linear_{'nf4' if kind == 'nf' else f'{kind}_{half}'}"
     text = f"NG_FPX_KERNEL({X_TYPES[x]}, {x}, {kind}{bits}, {list(TILES).index(int(rows))}, {rows}, {decoder[kind]})"
-    return images.kernel(image, name, include + text)
+    return shipped.kernel(image, name, include + text)
 
 
 def kernel_name(matrix: Matrix, x: np.ndarray, tile: int) -> str:
@@ -49,10 +49,11 @@ def activations(rng: np.random.Generator, m: int, k: int, dtype: type) -> np.nda
     return rng.standard_normal((m, k)).astype(dtype)
 
 
-def check(matrix: Matrix, x: np.ndarray, result: Result, bias: np.ndarray | None = None) -> None:
+def check(matrix: Matrix, x: np.ndarray, result: Result, *added: np.ndarray) -> None:
+    """added: bias and residual, where there were."""
     for launch in result.launches:
         launch.clean()
-    worst = errors(matrix, x, result.y, bias).max()
+    worst = errors(matrix, x, result.y, *added).max()
     assert worst <= 1, worst
 
 
@@ -104,13 +105,13 @@ def test_all_shapes(element: str, group: int, kind: str, dtype: type) -> None:
 @pytest.mark.parametrize("element, group, kind", [("fp6_e2m3", 128, "fp16"), ("uint4", 48, "bf16"), ("int8", 0, "row")])
 @pytest.mark.parametrize("m, tile", [(3, 8), (20, 64)])
 def test_splits(element: str, group: int, kind: str, m: int, tile: int) -> None:
-    """Ranges of columns that start where groups do, more of them than there are stages, and a bias."""
+    """Ranges of columns that start where groups do, more of them than there are stages, bias and residual."""
     rng = np.random.default_rng(m)
     matrix, x = random_matrix(rng, element, group, kind, 70, 456), activations(rng, m, 456, np.float16)
-    bias = rng.standard_normal(70).astype(np.float32)
-    for splits in (2, 5):
-        result = multiply(matrix, x, tile, splits=splits, bias=bias, cross_block=True)
-        check(matrix, x, result, bias)
+    bias, residual = rng.standard_normal(70).astype(np.float32), activations(rng, m, 70, BF16)
+    for splits in (1, 2, 5):
+        result = multiply(matrix, x, tile, splits=splits, bias=bias, residual=residual, cross_block=splits > 1)
+        check(matrix, x, result, bias, residual)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, BF16], ids=["f16", "bf16"])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import simgpu
 from fpx import SCALES, pack_codes, pack_records, random_matrix
-from images import FLAGS, KERNELS, image
+from shipped import FLAGS, KERNELS, image
 from simgpu import static
 from test_quantize import Arrays, structure
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simgpu
-from images import FLAGS, KERNELS, image
+from shipped import FLAGS, KERNELS, image
 from simgpu import static
 
 SOURCE = KERNELS / "sm80_quantize.cu"
