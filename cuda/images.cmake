@@ -6,8 +6,10 @@ find_program(NARROWGAUGE_NVCC nvcc PATHS /usr/local/cuda/bin
   DOC "CUDA's compiler, 12.8 or later; OFF: build no kernels")
 option(NARROWGAUGE_PTX_ONLY "Build kernels as PTX only, for a quick turn in development" OFF)
 
-# No contraction, as on the CPU: fused multiply-adds are written where they are meant.
-set(nvcc_options -std=c++20 -O3 -fmad=false -I${PROJECT_SOURCE_DIR}/cpp/src -I${PROJECT_SOURCE_DIR}/cuda)
+# No contraction, as on the CPU: fused multiply-adds are written where they are meant. Constant functions that both
+# sides need are called as they are.
+set(nvcc_options -std=c++20 -O3 -fmad=false --expt-relaxed-constexpr
+                 -I${PROJECT_SOURCE_DIR}/cpp/src -I${PROJECT_SOURCE_DIR}/cuda)
 set(cubins 80 90 100 120)
 set(ptx 80)
 
@@ -48,14 +50,14 @@ function(add_image name)
     list(APPEND parts ${out}.ptx)
     set(IMAGE_PTX ".incbin \"${out}.ptx\"")
     if(cubins)
-      # The code of all is made from the same PTX, since the kernels use nothing newer: the compiler's first half, which
-      # takes the longest, runs once. Two of the second halves at a time.
+      # The kernels use nothing newer than that PTX, so all code is made from it: the compiler's first half runs once.
+      # Two of the second halves at a time.
       list(TRANSFORM cubins PREPEND sm_ OUTPUT_VARIABLE codes)
       list(JOIN codes "," codes)
       add_custom_command(OUTPUT ${out}.fatbin
-        COMMAND ${NARROWGAUGE_NVCC} ${nvcc_options} --threads 2 --compress-mode=size -fatbin
-                -gencode=arch=compute_${ptx},code=[${codes}] -MD -MF ${out}.fatbin.d -o ${out}.fatbin ${source}
-        DEPENDS ${source} DEPFILE ${out}.fatbin.d VERBATIM COMMENT "Compiling ${name} to cubins")
+        COMMAND ${NARROWGAUGE_NVCC} --threads 2 --compress-mode=size -fatbin
+                -gencode=arch=compute_${ptx},code=[${codes}] -o ${out}.fatbin ${out}.ptx
+        DEPENDS ${out}.ptx VERBATIM COMMENT "Assembling ${name}")
       list(APPEND parts ${out}.fatbin)
       set(IMAGE_CUBINS ".incbin \"${out}.fatbin\"")
     endif()

@@ -41,8 +41,10 @@ struct Stored {
   uint32_t bits;  // of the scale as it is stored
 };
 
-// The scale of a group whose elements span `range`.
+// The scale of a group whose elements span `range`; NaN for an infinite range, with codes 0.
 __device__ inline Stored make_scale(double range, const ScaleCoding& coding, float global) {
+  const bool infinite = isinf(range);
+  range = infinite ? 0.0 : range;
   const double divisor = coding.divisor * static_cast<double>(global);
   const double quotient = range / (divisor == 0 ? 1.0 : divisor);
   int64_t code;
@@ -62,7 +64,7 @@ __device__ inline Stored make_scale(double range, const ScaleCoding& coding, flo
   }
   Stored out;
   const float s = static_cast<float>(value * static_cast<double>(global));
-  out.bits = s == 0 ? 0 : static_cast<uint32_t>(code);
+  out.bits = infinite ? coding.nan : s == 0 ? 0 : static_cast<uint32_t>(code);
   out.divisor.empty = s == 0 || range == 0;
   out.divisor.value = out.divisor.empty ? 1.0f : s;
   // The remainder of 1 / s is exact, and its quotient by s good to 2^-22 of it.

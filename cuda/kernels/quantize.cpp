@@ -9,6 +9,7 @@
 
 #include "driver/kernel.hpp"
 #include "driver/pointer.hpp"
+#include "kernels/arrays.hpp"
 #include "kernels/quantize_args.hpp"
 #include "narrowgauge/error.hpp"
 #include "narrowgauge/quantize.hpp"
@@ -23,7 +24,7 @@ extern const Image sm80_quantize;
 
 namespace {
 
-using cuda::Arrays;
+using cuda::arrays_of;
 using cuda::ContextScope;
 using cuda::images::sm80_quantize;
 
@@ -144,23 +145,8 @@ cuda::ScaleCoding scale_coding(const Format& format, bool ceil) {
       .least = int64_t{type.least + 1023} << 52,
       .most = type.most,
       .divisor = rule.divisor,
+      .nan = rule.nan,
   };
-}
-
-// Checks the arrays and takes them.
-Arrays arrays_of(const CanonicalView& matrix, int device) {
-  cuda::check_pointer(matrix.codes, "codes", device, 1);
-  cuda::check_pointer(matrix.scales, "scales", device, scale_bytes(matrix.format.scale));
-  Arrays arrays{.codes = matrix.codes, .scales = matrix.scales, .zeros = nullptr, .global_scale = nullptr};
-  if (matrix.format.element.has_zero_point()) {
-    cuda::check_pointer(matrix.zeros, "zeros", device, 1);
-    arrays.zeros = matrix.zeros;
-  }
-  if (matrix.format.has_global_scale()) {
-    cuda::check_pointer(matrix.global_scale, "global_scale", device, sizeof(float));
-    arrays.global_scale = matrix.global_scale;
-  }
-  return arrays;
 }
 
 // --- launches ------------------------------------------------------------------------------------------------------
@@ -240,6 +226,7 @@ void quantize(const TensorView& weights, const CanonicalView& out, const Quantiz
   args.element = codec::element_of(format.element, options.full_range);
   args.scale = scale_coding(format, options.e8m0_ceil);
   args.saturate = options.nan == NanPolicy::saturate;
+  args.keep = options.nan == NanPolicy::keep;
   args.seed = options.seed;
   args.origin = found_check().origin(matrix.cols, device);
 

@@ -47,6 +47,7 @@ struct ScaleCoding {
   int64_t least;   // bits of the smallest normal double that is a normal scale
   double most;     // the largest scale
   double divisor;  // before the global scale
+  uint32_t nan;    // bits of a scale that is NaN
 };
 
 // What a kernel found in its input is one number, the smallest of all: where it was launched from, the element's index,
@@ -60,7 +61,8 @@ struct QuantizeArgs {
   Shape shape;
   codec::Element element;
   ScaleCoding scale;
-  bool saturate;  // NaN and Inf are replaced, not reported
+  bool saturate;  // NaN and Inf are replaced
+  bool keep;      // or make their group NaN; else they are reported
   uint64_t seed;
   uint64_t origin;  // the upper bits of what is found
 };

@@ -26,8 +26,11 @@ struct Range {
   float high = 0;
   float low = 0;
 
-  __device__ double width() const { return static_cast<double>(high) + static_cast<double>(low); }
   __device__ bool finite() const { return is_finite(high) && is_finite(low); }
+  // Infinite if NaN or Inf is in it.
+  __device__ double width() const {
+    return finite() ? static_cast<double>(high) + static_cast<double>(low) : static_cast<double>(INFINITY);
+  }
 };
 
 __device__ Range join(const Range& a, const Range& b) { return {max_nan(a.high, b.high), max_nan(a.low, b.low)}; }
@@ -71,7 +74,7 @@ __device__ Range warp_range(Range range) {
 
 // --- tiles of floats -----------------------------------------------------------------------------------------------
 
-// Reads a tile; notes its first element that is not finite, or makes all finite.
+// Reads a tile, and makes all finite if it is to.
 template <Source kType>
 __device__ void load(const QuantizeArgs& args, int64_t row, int tile, uint4* staged, int lane,
                      float (&x)[kLaneElements]) {
@@ -90,7 +93,9 @@ __device__ void load(const QuantizeArgs& args, int64_t row, int tile, uint4* sta
   }
 }
 
+// Notes the lane's first element that is not finite.
 __device__ void report(const QuantizeArgs& args, int64_t row, int tile, int lane, const float (&x)[kLaneElements]) {
+  if (args.keep) return;
   const int64_t index = row * args.shape.cols + int64_t{tile} * args.shape.tile_elements + lane * kLaneElements;
   unsigned long long first = kNothing;
 #pragma unroll
@@ -179,8 +184,7 @@ __device__ void quantize_tile(const QuantizeArgs& args, int64_t row, int tile, u
     const int g = r * kLanes + lane, unit = g * shape.group_units;
     const Range even = shuffle(range[0], unit / 2 & 31), odd = shuffle(range[1], unit / 2 & 31);
     const Range mine = unit % 2 == 0 ? even : odd;
-    const bool known = g < groups && mine.finite();
-    stored[r] = make_scale(known ? mine.width() : 0.0, args.scale, global);
+    stored[r] = make_scale(g < groups ? mine.width() : 0.0, args.scale, global);
     fast = fast && (stored[r].divisor.fast || stored[r].divisor.empty);
     if (zeros) zero[r] = zero_point(-mine.low, stored[r], args.element);
     if (g < groups) {
@@ -257,7 +261,7 @@ __device__ void quantize_rows(const QuantizeArgs& args) {
     range = join(range, both);
   }
   range = block_range(range, ranges);
-  const Stored stored = make_scale(range.finite() ? range.width() : 0.0, args.scale, global);
+  const Stored stored = make_scale(range.width(), args.scale, global);
   Scales scales;
   scales.unit[0] = scales.unit[1] = stored.divisor;
   scales.fast = stored.divisor.fast;
@@ -295,6 +299,10 @@ __device__ void matrix_range(const QuantizeArgs& args) {
       if (tile >= shape.tiles) break;
       float x[kLaneElements];
       load<kType>(args, row, tile, staged[warp], lane, x);
+      if (args.keep) {
+#pragma unroll
+        for (float& element : x) element = is_finite(element) ? element : 0.0f;
+      }
       Range unit[2];
       unit_ranges(x, zeros, unit);
       const Range both = join(unit[0], unit[1]);

@@ -66,6 +66,8 @@ enum class ScaleSearch : uint8_t {
 enum class NanPolicy : uint8_t {
   error,     // NaN or Inf in the input throws InvalidArgument naming the first index
   saturate,  // Inf becomes the largest finite float of its sign, NaN zero
+  keep,  // a group with NaN or Inf gets the scale NaN and codes 0, so that all of its values are NaN; for the global
+         // scale its elements that are not finite count as 0
 };
 
 struct QuantizeOptions {
@@ -89,9 +91,9 @@ struct QuantizeOptions {
 // weights [.., cols] in f32, f16 or bf16, leading axes flattened to rows; rows dense.
 // pre: out has the matrix's rows and cols and arrays of canonical_bytes().
 void quantize(const TensorView& weights, const CanonicalView& out, const QuantizeOptions& options, Executor& executor);
-// On a device NaN and Inf are found when the kernel runs: a synchronize() of the device then throws the
-// InvalidArgument, and what was written is undefined. Of several matrices since the last one it names one. No
-// ScaleSearch::mse.
+// On a device NaN and Inf are found when the kernel runs: under NanPolicy::error a synchronize() of the device then
+// throws the InvalidArgument, and what was written is undefined. Of several matrices since the last one it names one.
+// No ScaleSearch::mse.
 void quantize(const TensorView& weights, const CanonicalView& out, const QuantizeOptions& options,
               const Stream& stream);
 
@@ -121,12 +123,14 @@ int64_t packed_bytes(const Format& format, int64_t rows, int64_t cols);
 void pack(const CanonicalView& matrix, uint8_t* packed, Executor& executor);
 void unpack(const PackedView& packed, const CanonicalView& out, Executor& executor);
 
-// The packed layout of GPUs (quantize/cuda_layout.hpp), made and read in host memory: the block is copied to a device
-// as it is, aligned to 128 bytes there. A PackedView of it has that address.
+// The packed layout of GPUs (quantize/cuda_layout.hpp), made and read in host memory, from where the block is copied to
+// a device as it is, or on the device. It is aligned to 128 bytes there; a PackedView of it has that address.
 int64_t cuda_packed_bytes(const Format& format, int64_t rows, int64_t cols);
 // unpack_cuda(pack_cuda(x)) == x, bit for bit; every byte of the block is determined by x.
 void pack_cuda(const CanonicalView& matrix, uint8_t* packed, Executor& executor);
+void pack_cuda(const CanonicalView& matrix, uint8_t* packed, const Stream& stream);
 void unpack_cuda(const PackedView& packed, const CanonicalView& out, Executor& executor);
+void unpack_cuda(const PackedView& packed, const CanonicalView& out, const Stream& stream);
 
 // out[i, :] = dequantized row indices[i]; out [count, cols] in f32, f16 or bf16. Throws InvalidArgument naming the
 // first index outside [0, rows).

@@ -103,7 +103,8 @@ Element element_of(const ng::Element& e, bool full_range) {
 }
 
 ScaleRule scale_rule(const Format& format, bool ceil, float global) {
-  ScaleRule rule{static_cast<Scale>(format.scale), ceil, element_max(format.element), 1.0f};
+  ScaleRule rule{static_cast<Scale>(format.scale), ceil, element_max(format.element), 1.0f,
+                 scale_encode(format.scale, std::numeric_limits<float>::quiet_NaN())};
   if (format.scale == ScaleType::e8m0 && !ceil) rule.divisor = std::exp2(std::floor(std::log2(rule.divisor)));
   if (format.has_global_scale()) {
     rule.divisor *= global;

@@ -48,6 +48,7 @@ struct ScaleRule {
   bool ceil;       // e8m0: the smallest power of two not below range / divisor, else OCP's floor
   double divisor;  // largest code value; e4m3: times the global scale. e8m0 floor: its power of two
   float global;    // e4m3: multiplies the stored scale; 1 otherwise
+  uint32_t nan;    // bits of a scale that is NaN
 };
 
 // A scale and its reciprocal as the sum of two floats, in arrays. Scales of few significant bits divide faster.
@@ -82,9 +83,9 @@ struct Table {
   // low[g] = min(0, smallest), high[g] = max(0, largest). pre: all finite.
   void (*range)(const float* run, int64_t n, int64_t group, float* low, float* high);
 
-  // The scales of `ranges`, which are finite and not negative. stored: their bits, packed in their width, 0 if the
-  // scale's value is 0; out.scale: their values, times the global scale. Returns whether they are within the limits
-  // of division by the reciprocal.
+  // The scales of `ranges`, which are not negative. stored: their bits, packed in their width, 0 if the scale's value
+  // is 0; out.scale: their values, times the global scale. An infinite range is stored as NaN, and its value is 0.
+  // Returns whether they are within the limits of division by the reciprocal.
   bool (*scales)(const double* ranges, int64_t count, const ScaleRule& rule, void* stored, const ScaleArrays& out);
   // out[i] = the value of stored scale i, times `global`. NaN becomes the quiet one without payload.
   void (*scale_values)(const void* stored, Scale type, int64_t count, float global, float* out);

@@ -29,7 +29,6 @@
 // codes.
 #pragma once
 
-#include <array>
 #include <cstdint>
 
 #include "lane_order.hpp"
@@ -68,13 +67,22 @@ constexpr bool has_special_codes(const Element& element) noexcept {
          (element.exponent_bits == 4 || element.exponent_bits == 5);
 }
 
-// Where the codes of an element lie in the words of a lane.
-struct CudaCodes {
-  std::array<lane_order::Pieces, lane_order::kPairs> pairs{};
-  int half_step = 16;  // bits from the first code of a pair to the second
-  int base = 0;        // by so many bits the finished words are rotated left
+// By so many bits the finished words of an element are rotated left.
+constexpr int cuda_base(const Element& element) noexcept {
+  return element.kind == ElementKind::fp ? 10 - element.mantissa_bits : 0;
+}
 
-  explicit CudaCodes(const Element& element) noexcept;
-};
+// What is flipped in the codes.
+constexpr unsigned cuda_flip(const Element& element) noexcept {
+  return element.kind == ElementKind::signed_int ? 1u << (element.bits - 1) : 0u;
+}
 
+namespace codec {
+
+// What pack_cuda and unpack_cuda check on the host and on a device alike, and the layout that both have. Throw
+// InvalidArgument.
+CudaLayout check_pack_cuda(const CanonicalView& matrix, const uint8_t* packed);
+CudaLayout check_unpack_cuda(const PackedView& packed, const CanonicalView& out);
+
+}  // namespace codec
 }  // namespace ng

@@ -1,6 +1,6 @@
-// pack_cuda and unpack_cuda: between the canonical layout and the packed one of GPUs (cuda_layout.hpp).
+// pack_cuda and unpack_cuda on the host: between the canonical layout and the packed one of GPUs (cuda_layout.hpp).
 //
-// They run once per matrix, on the host, so they go code by code through the layout's pieces.
+// They run once per matrix, so they go code by code through the layout's pieces.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -15,7 +15,9 @@
 namespace ng {
 namespace {
 
-constexpr int kLanes = 32;
+using lane_order::kLanes;
+using lane_order::Order;
+
 constexpr int kUnits = 4;  // of a tile in a stage
 constexpr int kMaxBits = 8;
 
@@ -32,58 +34,52 @@ constexpr int64_t align(int64_t bytes) noexcept {
 
 using Words = std::array<uint32_t, kMaxBits>;
 
-int code_row(int unit, int lane, int pair) noexcept { return unit * 16 + lane / 4 + pair % 2 * 8; }
-int code_col(int lane, int pair, int half) noexcept { return pair / 4 * 16 + pair / 2 % 2 * 8 + lane % 4 * 2 + half; }
-
-// Byte of a lane's word in its unit.
-size_t word_place(int bits, int lane, int word) noexcept {
-  const int fours = bits / 4 * 4;
-  const int first = word < fours ? word / 4 * 4 : word < fours + bits % 4 / 2 * 2 ? fours : bits - 1;
-  const int together = word < fours ? 4 : first == bits - 1 ? 1 : 2;
-  return static_cast<size_t>(first * kLanes * 4 + (lane * together + word - first) * 4);
+Order order_of(const Element& element) noexcept {
+  return lane_order::order_of(element.bits, element.kind == ElementKind::nf4);
 }
 
 // Calls use(word, shift, code, bits of it, their first) for every piece of the lane's codes in a stage of the window.
 template <typename Window, typename Use>
-void for_each_piece(const CudaCodes& codes, Window& window, int unit, int lane, int64_t first_col, const Use& use) {
+void for_each_piece(const Order& order, Window& window, int unit, int lane, int64_t first_col, const Use& use) {
   for (int pair = 0; pair < lane_order::kPairs; ++pair) {
-    const lane_order::Pieces& pieces = codes.pairs[static_cast<size_t>(pair)];
+    const lane_order::Pieces& pieces = order.pair[pair];
+    auto& row = window[static_cast<size_t>(unit * lane_order::kUnitRows + lane_order::code_row(lane, pair))];
     for (int half = 0; half < 2; ++half) {
-      auto& code = window[static_cast<size_t>(code_row(unit, lane, pair))]
-                         [static_cast<size_t>(first_col + code_col(lane, pair, half))];
+      auto& code = row[static_cast<size_t>(first_col + lane_order::code_col(lane, pair) + half)];
       for (int i = 0; i < pieces.count; ++i) {
         const lane_order::Piece& piece = pieces.piece[i];
-        use(static_cast<size_t>(piece.word), piece.source + half * codes.half_step, code, piece.bits, piece.target);
+        use(static_cast<size_t>(piece.word), piece.source + half * order.half_step, code, piece.bits, piece.target);
       }
     }
   }
 }
 
-void pack_unit(const CudaCodes& codes, int bits, const Window& window, int unit, int64_t first_col, uint8_t* out) {
+void pack_unit(const Order& order, const Element& element, const Window& window, int unit, int64_t first_col,
+               uint8_t* out) {
   for (int lane = 0; lane < kLanes; ++lane) {
     Words words{};
-    for_each_piece(codes, window, unit, lane, first_col,
+    for_each_piece(order, window, unit, lane, first_col,
                    [&](size_t word, int shift, unsigned code, int count, int target) {
                      words[word] |= (code >> target & ((1u << count) - 1u)) << shift;
                    });
-    for (int word = 0; word < bits; ++word) {
-      const uint32_t rotated = std::rotl(words[static_cast<size_t>(word)], codes.base);
-      std::memcpy(out + word_place(bits, lane, word), &rotated, sizeof rotated);
+    for (int word = 0; word < element.bits; ++word) {
+      const uint32_t rotated = std::rotl(words[static_cast<size_t>(word)], cuda_base(element));
+      std::memcpy(out + lane_order::word_place(element.bits, lane, word), &rotated, sizeof rotated);
     }
   }
 }
 
 // pre: the window's codes are 0.
-void unpack_unit(const CudaCodes& codes, int bits, const uint8_t* unit_data, int unit, int64_t first_col,
+void unpack_unit(const Order& order, const Element& element, const uint8_t* unit_data, int unit, int64_t first_col,
                  Window& window) {
   for (int lane = 0; lane < kLanes; ++lane) {
     Words words{};
-    for (int word = 0; word < bits; ++word) {
+    for (int word = 0; word < element.bits; ++word) {
       uint32_t rotated;
-      std::memcpy(&rotated, unit_data + word_place(bits, lane, word), sizeof rotated);
-      words[static_cast<size_t>(word)] = std::rotr(rotated, codes.base);
+      std::memcpy(&rotated, unit_data + lane_order::word_place(element.bits, lane, word), sizeof rotated);
+      words[static_cast<size_t>(word)] = std::rotr(rotated, cuda_base(element));
     }
-    for_each_piece(codes, window, unit, lane, first_col,
+    for_each_piece(order, window, unit, lane, first_col,
                    [&](size_t word, int shift, uint8_t& code, int count, int target) {
                      const uint32_t piece = words[word] >> shift & ((1u << count) - 1u);
                      code = static_cast<uint8_t>(code | piece << target);
@@ -123,9 +119,6 @@ void write_bits(void* to, int64_t index, size_t width, uint32_t bits) noexcept {
   std::memcpy(static_cast<uint8_t*>(to) + static_cast<size_t>(index) * width, &bits, width);
 }
 
-// Where row `row` of a tile is in a record.
-int64_t record_entry(int64_t row) noexcept { return row % 8 * 8 + row / 16 * 2 + row / 8 % 2; }
-
 // --- tiles ---------------------------------------------------------------------------------------------------------
 
 struct Matrix {
@@ -139,11 +132,11 @@ struct Matrix {
   }
 };
 
-void pack_codes(const Matrix& m, const CudaCodes& codes, int64_t tile, uint8_t* packed) {
+void pack_codes(const Matrix& m, const Order& order, int64_t tile, uint8_t* packed) {
   const Element& element = m.view.format.element;
   const codec::Table& codec = codec::table();
   const int64_t row_bytes = m.view.format.row_bytes(m.view.cols), rows = m.tile_rows(tile);
-  const unsigned flip = element.kind == ElementKind::signed_int ? 1u << (element.bits - 1) : 0u;
+  const unsigned flip = cuda_flip(element);
   const std::array<float, 256> values = element_values(element);
   auto* specials = reinterpret_cast<float*>(packed + m.layout.specials) + tile * kCudaTileRows;
   uint8_t* out = packed + tile * m.layout.stages * m.layout.stage_bytes();
@@ -166,17 +159,17 @@ void pack_codes(const Matrix& m, const CudaCodes& codes, int64_t tile, uint8_t* 
     }
     for (int64_t first = 0; first < count; first += kCudaStageCols) {
       for (int unit = 0; unit < kUnits; ++unit, out += m.layout.unit_bytes) {
-        pack_unit(codes, element.bits, window, unit, first, out);
+        pack_unit(order, element, window, unit, first, out);
       }
     }
   }
 }
 
-void unpack_codes(const Matrix& m, const CudaCodes& codes, int64_t tile, const uint8_t* packed) {
+void unpack_codes(const Matrix& m, const Order& order, int64_t tile, const uint8_t* packed) {
   const Element& element = m.view.format.element;
   const codec::Table& codec = codec::table();
   const int64_t row_bytes = m.view.format.row_bytes(m.view.cols), rows = m.tile_rows(tile);
-  const unsigned flip = element.kind == ElementKind::signed_int ? 1u << (element.bits - 1) : 0u;
+  const unsigned flip = cuda_flip(element);
   const uint8_t* in = packed + tile * m.layout.stages * m.layout.stage_bytes();
   alignas(64) Window window;
   for (int64_t col = 0; col < m.view.cols; col += kWindow) {
@@ -184,7 +177,7 @@ void unpack_codes(const Matrix& m, const CudaCodes& codes, int64_t tile, const u
     for (auto& row : window) row.fill(0);
     for (int64_t first = 0; first < count; first += kCudaStageCols) {
       for (int unit = 0; unit < kUnits; ++unit, in += m.layout.unit_bytes) {
-        unpack_unit(codes, element.bits, in, unit, first, window);
+        unpack_unit(order, element, in, unit, first, window);
       }
     }
     for (int64_t row = 0; row < rows; ++row) {
@@ -205,25 +198,12 @@ void for_each_group(const Matrix& m, int64_t tile, const Use& use) {
   for (int64_t row = 0; row < m.tile_rows(tile); ++row) {
     for (int64_t group = 0; group < m.layout.groups; ++group) {
       use((tile * kCudaTileRows + row) * m.layout.groups + group,
-          (tile * m.layout.groups + group) * m.layout.record_bytes, record_entry(row));
+          (tile * m.layout.groups + group) * m.layout.record_bytes, lane_order::record_entry(static_cast<int>(row)));
     }
   }
 }
 
 }  // namespace
-
-CudaCodes::CudaCodes(const Element& element) noexcept {
-  for (int pair = 0; pair < lane_order::kPairs; ++pair) {
-    auto& pieces = pairs[static_cast<size_t>(pair)];
-    if (element.kind == ElementKind::nf4) {
-      pieces = {1, {{pair / 4, pair % 4 * 8, 0, 4}}};
-    } else {
-      pieces = lane_order::pieces_of(element.bits, pair);
-    }
-  }
-  if (element.kind == ElementKind::nf4) half_step = 4;
-  if (element.kind == ElementKind::fp) base = 10 - element.mantissa_bits;
-}
 
 CudaLayout::CudaLayout(const Format& format, int64_t rows, int64_t cols) {
   const CanonicalBytes canonical = canonical_bytes(format, rows, cols);  // checks rows and cols
@@ -250,17 +230,32 @@ int64_t cuda_packed_bytes(const Format& format, int64_t rows, int64_t cols) {
   return CudaLayout(format, rows, cols).total;
 }
 
-void pack_cuda(const CanonicalView& matrix, uint8_t* packed, Executor& executor) {
-  codec::check_canonical(matrix);
+CudaLayout codec::check_pack_cuda(const CanonicalView& matrix, const uint8_t* packed) {
+  check_canonical(matrix);
   const CudaLayout layout(matrix.format, matrix.rows, matrix.cols);
+  NG_CHECK(packed != nullptr || layout.total == 0, InvalidArgument, "pack_cuda: the packed block is null");
+  return layout;
+}
+
+CudaLayout codec::check_unpack_cuda(const PackedView& packed, const CanonicalView& out) {
+  NG_CHECK(packed.format == out.format && packed.rows == out.rows && packed.cols == out.cols, InvalidArgument,
+           "unpack_cuda: the packed matrix is ", packed.format.str(), " [", packed.rows, ", ", packed.cols,
+           "], the output ", out.format.str(), " [", out.rows, ", ", out.cols, "]");
+  check_canonical(out);
+  const CudaLayout layout(packed.format, packed.rows, packed.cols);
+  NG_CHECK(packed.data != nullptr || layout.total == 0, InvalidArgument, "unpack_cuda: the packed block is null");
+  return layout;
+}
+
+void pack_cuda(const CanonicalView& matrix, uint8_t* packed, Executor& executor) {
+  const CudaLayout layout = codec::check_pack_cuda(matrix, packed);
   if (layout.total == 0) return;
-  NG_CHECK(packed != nullptr, InvalidArgument, "pack_cuda: the packed block is null");
   const Matrix m{matrix, layout};
-  const CudaCodes codes(matrix.format.element);
+  const Order order = order_of(matrix.format.element);
   std::memset(packed + layout.records, 0, static_cast<size_t>(layout.total - layout.records));
   executor.parallel_for(layout.tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) {
-      pack_codes(m, codes, tile, packed);
+      pack_codes(m, order, tile, packed);
       for_each_group(m, tile, [&](int64_t index, int64_t record, int64_t entry) {
         uint8_t* to = packed + layout.records + record;
         const uint32_t bits = read_bits(matrix.scales, index, m.scale_width);
@@ -281,18 +276,13 @@ void pack_cuda(const CanonicalView& matrix, uint8_t* packed, Executor& executor)
 }
 
 void unpack_cuda(const PackedView& packed, const CanonicalView& out, Executor& executor) {
-  NG_CHECK(packed.format == out.format && packed.rows == out.rows && packed.cols == out.cols, InvalidArgument,
-           "unpack_cuda: the packed matrix is ", packed.format.str(), " [", packed.rows, ", ", packed.cols,
-           "], the output ", out.format.str(), " [", out.rows, ", ", out.cols, "]");
-  codec::check_canonical(out);
-  const CudaLayout layout(packed.format, packed.rows, packed.cols);
+  const CudaLayout layout = codec::check_unpack_cuda(packed, out);
   if (layout.total == 0) return;
-  NG_CHECK(packed.data != nullptr, InvalidArgument, "unpack_cuda: the packed block is null");
   const Matrix m{out, layout};
-  const CudaCodes codes(out.format.element);
+  const Order order = order_of(out.format.element);
   executor.parallel_for(layout.tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) {
-      unpack_codes(m, codes, tile, packed.data);
+      unpack_codes(m, order, tile, packed.data);
       for_each_group(m, tile, [&](int64_t index, int64_t record, int64_t entry) {
         const uint8_t* from = packed.data + layout.records + record;
         if (m.grouped) {

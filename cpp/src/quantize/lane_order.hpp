@@ -1,5 +1,5 @@
-// Where codes lie in the words of a lane, in the packed layout of GPUs (cuda_layout.hpp): read by the packer and by the
-// kernels, so it includes C headers only.
+// Where codes lie in the words of a lane, and words and scales in memory, in the packed layout of GPUs
+// (cuda_layout.hpp): read by the packers on both sides and by the kernels, so it includes C headers only.
 //
 // A lane has 32 codes of a unit, which is `bits` words of 32 bits. They are 16 pairs, those of the lane's operands of
 // mma.m16n8k16 over four slices of 16 columns: pair 4 * slice + operand. The two codes of a pair lie 16 bits apart, as
@@ -25,7 +25,10 @@
 
 namespace ng::lane_order {
 
+inline constexpr int kLanes = 32;
 inline constexpr int kPairs = 16;
+inline constexpr int kUnitRows = 16;
+inline constexpr int kUnitCols = 64;
 
 // `bits` bits of a code from bit `target` on; they start at bit `source` of the halves of `word`.
 struct Piece {
@@ -60,6 +63,34 @@ constexpr Pieces pieces_of(int bits, int pair) {
   return pieces;
 }
 
-// Codebooks are looked up by four neighbouring nibbles at a time: word = slice, nibble 2 * operand + half.
+// The pieces of all pairs. Codebooks are looked up by four neighbouring nibbles at a time: word = slice, nibble
+// 2 * operand + half.
+struct Order {
+  Pieces pair[kPairs];
+  int half_step;  // bits from the first code of a pair to the second
+};
+
+constexpr Order order_of(int bits, bool codebook) {
+  Order order{{}, codebook ? 4 : 16};
+  for (int pair = 0; pair < kPairs; ++pair) {
+    order.pair[pair] = codebook ? Pieces{1, {{pair / 4, pair % 4 * 8, 0, bits}}} : pieces_of(bits, pair);
+  }
+  return order;
+}
+
+// Row and column, in the unit, of the first code of a lane's pair; the second is in the next column.
+constexpr int code_row(int lane, int pair) { return lane / 4 + pair % 2 * 8; }
+constexpr int code_col(int lane, int pair) { return pair / 4 * 16 + pair / 2 % 2 * 8 + lane % 4 * 2; }
+
+// Byte of a lane's word in its unit: words lie together as the lane reads them, by 4, then 2, then 1.
+constexpr int word_place(int bits, int lane, int word) {
+  const int fours = bits / 4 * 4;
+  const int first = word < fours ? word / 4 * 4 : word < fours + bits % 4 / 2 * 2 ? fours : bits - 1;
+  const int together = word < fours ? 4 : first == bits - 1 ? 1 : 2;
+  return first * kLanes * 4 + (lane * together + word - first) * 4;
+}
+
+// Where row `row` of a tile is in a record.
+constexpr int record_entry(int row) { return row % 8 * 8 + row / 16 * 2 + row / 8 % 2; }
 
 }  // namespace ng::lane_order

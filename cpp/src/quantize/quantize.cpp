@@ -160,14 +160,14 @@ class Quantizer {
 
   Run load(int64_t row, int64_t begin, int64_t n, Scratch& scratch) const {
     const void* data = source(row, begin);
-    if (type_ == Source::f32 && options_.nan == NanPolicy::error) return {data, type_, n};
+    const bool saturate = options_.nan == NanPolicy::saturate;
+    if (type_ == Source::f32 && !saturate) return {data, type_, n};
     // The kernels read 16-bit floats where speed counts; the rarer ways take floats.
-    if (options_.nan == NanPolicy::error && options_.search == ScaleSearch::absmax && !options_.stochastic &&
-        !has_zeros_) {
+    if (!saturate && options_.search == ScaleSearch::absmax && !options_.stochastic && !has_zeros_) {
       return {data, type_, n};
     }
     to_floats(data, type_, n, scratch.data());
-    if (options_.nan == NanPolicy::saturate) {
+    if (saturate) {
       for (float& x : std::span(scratch).first(static_cast<size_t>(n))) {
         constexpr float kMost = std::numeric_limits<float>::max();
         x = std::isnan(x) ? 0.0f : std::clamp(x, -kMost, kMost);
@@ -197,18 +197,37 @@ class Quantizer {
     throw InvalidArgument(codec::not_finite(row, col, index, value));
   }
 
-  // The ranges of the groups of a run; a group with NaN or Inf is reported and counts as zeros.
+  // The ranges of the groups of a run; that of a group with NaN or Inf is infinite.
   void ranges(int64_t row, int64_t begin, const Run& run, int64_t group, float* absmax, float* low, float* high) {
     const float most = table_.absmax(run.data, run.type, run.n, group, absmax);
-    const int64_t count = (run.n + group - 1) / group;
-    if (!std::isfinite(most)) {
-      report(row, begin, run);
-      std::fill_n(absmax, count, 0.0f);
-      std::fill_n(low, has_zeros_ ? count : 0, 0.0f);
-      std::fill_n(high, has_zeros_ ? count : 0, 0.0f);
-    } else if (has_zeros_) {
-      table_.range(static_cast<const float*>(run.data), run.n, group, low, high);
+    const auto* data = static_cast<const float*>(run.data);
+    if (std::isfinite(most)) {
+      if (has_zeros_) table_.range(data, run.n, group, low, high);
+      return;
     }
+    if (options_.nan == NanPolicy::error) report(row, begin, run);
+    for (int64_t g = 0; g * group < run.n; ++g) {
+      if (!std::isfinite(absmax[g])) {
+        absmax[g] = kInfinity;
+        if (has_zeros_) {
+          low[g] = 0;
+          high[g] = kInfinity;
+        }
+      } else if (has_zeros_) {
+        table_.range(data + g * group, std::min(group, run.n - g * group), group, low + g, high + g);
+      }
+    }
+  }
+
+  // That of the run's finite elements.
+  Range finite_range(int64_t row, int64_t run_index) {
+    const int64_t begin = run_begin(run_index), n = run_size(run_index);
+    Scratch values;
+    to_floats(source(row, begin), type_, n, values.data());
+    std::replace_if(values.begin(), values.begin() + n, [](float x) { return !std::isfinite(x); }, 0.0f);
+    Range range;
+    ranges(row, begin, {values.data(), Source::f32, n}, n, &range.absmax, &range.low, &range.high);
+    return range;
   }
 
   // What the scale divides: hi - lo where there is a zero point, else the largest magnitude.
@@ -254,8 +273,10 @@ class Quantizer {
   }
 
   float global_scale(Executor& executor) {
-    const Range range = parallel_range(out_.rows * runs_, executor,
-                                       [this](int64_t unit) { return run_range(unit / runs_, unit % runs_); });
+    const Range range = parallel_range(out_.rows * runs_, executor, [this](int64_t unit) {
+      const Range all = run_range(unit / runs_, unit % runs_);
+      return all.absmax == kInfinity ? finite_range(unit / runs_, unit % runs_) : all;
+    });
     return static_cast<float>(width(range) / (static_cast<double>(element_max(format_.element)) * 448.0));
   }
 
@@ -358,6 +379,7 @@ class Quantizer {
       const auto* data = static_cast<const float*>(run.data);
       for (int64_t g = 0; g < count; ++g) {
         const auto i = static_cast<size_t>(g);
+        if (absmax[i] == kInfinity) continue;
         Candidates tried = candidates(has_zeros_ ? Range{low[i], high[i], absmax[i]} : Range{0, 0, absmax[i]});
         add_errors(data + g * group_, std::min(group_, run.n - g * group_), tried);
         widths[i] = best_width(tried);
@@ -370,7 +392,7 @@ class Quantizer {
 
   codec::Spread set_row_scale(int64_t row, const Range& range, Scales& scales) {
     double widest = width(range);
-    if (options_.search == ScaleSearch::mse) {
+    if (options_.search == ScaleSearch::mse && range.absmax != kInfinity) {
       Candidates tried = candidates(range);
       Scratch scratch;
       for (int64_t i = 0; i < runs_; ++i) {
@@ -410,6 +432,7 @@ class Quantizer {
     });
   }
 
+  static constexpr float kInfinity = std::numeric_limits<float>::infinity();
   static constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
 
   const codec::Table& table_ = codec::table();

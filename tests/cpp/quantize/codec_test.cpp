@@ -486,6 +486,114 @@ TEST_F(CodecTest, NanAndInfinityAreNamedOrSaturated) {
   }
 }
 
+// Of weights with NaN and Inf, quantized with NanPolicy::keep: groups without them are as if those were zeros; the
+// others have the scale NaN and nothing else, and all of their values are NaN.
+void expect_kept(const Format& format, DType dtype, QuantizeOptions options) {
+  constexpr int64_t kRows = 6, kCols = 1100;
+  const std::vector<float> finite = random_weights(kRows * kCols, 21);
+  std::vector<float> holed = finite, zeroed = finite;
+  std::vector<bool> bad(static_cast<size_t>(kRows * format.groups(kCols)));
+  const auto plant = [&](int64_t row, int64_t col, float value) {
+    holed[static_cast<size_t>(row * kCols + col)] = value;
+    zeroed[static_cast<size_t>(row * kCols + col)] = 0;
+    bad[static_cast<size_t>(row * format.groups(kCols) + (format.group == 0 ? 0 : col / format.group))] = true;
+  };
+  plant(1, 0, NAN);
+  plant(2, 77, INFINITY);
+  plant(2, 78, -NAN);
+  plant(4, 1099, -INFINITY);
+  plant(4, 500, NAN);
+  const auto typed = [&](const std::vector<float>& values) {
+    std::vector<std::byte> bytes(values.size() * dtype_bytes(dtype));
+    for (size_t i = 0; i < values.size(); ++i) {
+      const uint16_t half = dtype == DType::f16 ? to_f16(values[i]).bits : to_bf16(values[i]).bits;
+      dtype == DType::f32 ? std::memcpy(&bytes[4 * i], &values[i], 4) : std::memcpy(&bytes[2 * i], &half, 2);
+    }
+    return bytes;
+  };
+  std::vector<std::byte> with = typed(holed), without = typed(zeroed);
+  options.nan = NanPolicy::keep;
+  const QTensor q = QTensor::quantize({with.data(), dtype, {kRows, kCols}}, format, options);
+  options.nan = NanPolicy::error;
+  const QTensor reference = QTensor::quantize({without.data(), dtype, {kRows, kCols}}, format, options);
+  const CanonicalView seen = q.canonical_view(), expected = reference.canonical_view();
+  const auto group_of = [&](int64_t row, int64_t col) {
+    return static_cast<size_t>(row * format.groups(kCols) + (format.group == 0 ? 0 : col / format.group));
+  };
+  if (format.has_global_scale()) {
+    EXPECT_EQ(*seen.global_scale, *expected.global_scale);
+  }
+  for (size_t g = 0; g < bad.size(); ++g) {
+    const size_t width = scale_bytes(format.scale);
+    uint32_t bits = 0, wanted = 0;
+    std::memcpy(&bits, static_cast<std::byte*>(seen.scales) + g * width, width);
+    std::memcpy(&wanted, static_cast<std::byte*>(expected.scales) + g * width, width);
+    if (bad[g]) wanted = scale_encode(format.scale, NAN);
+    ASSERT_EQ(bits, wanted) << "group " << g;
+    if (seen.zeros != nullptr) {
+      ASSERT_EQ(seen.zeros[g], bad[g] ? 0 : expected.zeros[g]) << "group " << g;
+    }
+  }
+  std::vector<float> values(holed.size()), wanted(holed.size()), sum(holed.size());
+  dequantize(seen, {values.data(), DType::f32, {kRows, kCols}}, default_executor());
+  dequantize(expected, {wanted.data(), DType::f32, {kRows, kCols}}, default_executor());
+  dequantize_sum(std::vector{seen, expected}, {sum.data(), DType::f32, {kRows, kCols}}, default_executor());
+  for (int64_t row = 0; row < kRows; ++row) {
+    for (int64_t col = 0; col < kCols; ++col) {
+      const auto i = static_cast<size_t>(row * kCols + col);
+      const bool is_bad = bad[group_of(row, col)];
+      ASSERT_EQ(code_at(seen, row, col), is_bad ? 0 : code_at(expected, row, col)) << row << ' ' << col;
+      ASSERT_EQ(std::isnan(values[i]), is_bad) << row << ' ' << col;
+      ASSERT_EQ(std::isnan(sum[i]), is_bad) << row << ' ' << col;
+      if (!is_bad) {
+        ASSERT_EQ(values[i], wanted[i]) << row << ' ' << col;
+      }
+    }
+  }
+}
+
+TEST_F(CodecTest, GroupsWithNanOrInfinityAreKeptAsNan) {
+  for (const Isa isa : isas()) {
+    force_isa(isa);
+    for (const Element& element : all_elements()) {
+      for (const ScaleType scale :
+           {ScaleType::fp32, ScaleType::fp16, ScaleType::bf16, ScaleType::e8m0, ScaleType::e4m3}) {
+        for (const int group : {0, 16, 48, 128}) {
+          const Format format{element, group, scale};
+          SCOPED_TRACE(format.str() + " on " + std::string(isa_name(isa)));
+          expect_kept(format, group == 48 ? DType::f16 : group == 16 ? DType::bf16 : DType::f32, {});
+          if (HasFatalFailure() || HasNonfatalFailure()) return;
+        }
+      }
+    }
+    for (const char* text : {"fp6", "uint4:g32:bf16", "int8", "nf4", "nvfp4", "uint5:row:fp32"}) {
+      SCOPED_TRACE(std::string(text) + " on " + std::string(isa_name(isa)));
+      expect_kept(Format::parse(text), DType::f32, {.search = ScaleSearch::mse});
+      expect_kept(Format::parse(text), DType::bf16, {.stochastic = true, .seed = 5});
+    }
+  }
+}
+
+// Of few long rows, which all threads share; and of a matrix of which no element is finite.
+TEST_F(CodecTest, RowsWithNanAreKeptAsNanByManyThreads) {
+  constexpr int64_t kCols = 70000;
+  std::vector<float> weights = random_weights(2 * kCols, 22);
+  weights[kCols + 69999] = NAN;
+  const auto four = make_pool(4);
+  for (const char* text : {"int8:row:fp32", "uint8:row:bf16", "fp8_e4m3:row:e4m3"}) {
+    const Format format = Format::parse(text);
+    const QTensor q =
+        QTensor::quantize({weights.data(), DType::f32, {2, kCols}}, format, {.nan = NanPolicy::keep}, *four);
+    EXPECT_TRUE(std::isfinite(scale_at(q.canonical_view(), 0, 0))) << text;
+    EXPECT_TRUE(std::isnan(scale_at(q.canonical_view(), 1, 0))) << text;
+  }
+  const std::vector<float> none(64, -INFINITY);
+  const QTensor q = QTensor::quantize({const_cast<float*>(none.data()), DType::f32, {2, 32}}, Format::parse("nvfp4"),
+                                      {.nan = NanPolicy::keep});
+  EXPECT_EQ(*q.canonical_view().global_scale, 0);
+  for (int64_t group = 0; group < 2; ++group) EXPECT_TRUE(std::isnan(scale_at(q.canonical_view(), 0, group)));
+}
+
 TEST_F(CodecTest, EmptyMatrices) {
   for (const auto& [rows, cols] : {std::pair<int64_t, int64_t>{0, 16}, {16, 0}, {0, 0}}) {
     for (const char* text : {"int8", "fp6", "nvfp4", "uint4:g32"}) {

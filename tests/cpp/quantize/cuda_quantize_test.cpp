@@ -295,7 +295,7 @@ TEST_F(CudaQuantizeTest, EveryCodeHasTheCpusValue) {
   }
 }
 
-TEST_F(CudaQuantizeTest, StochasticRoundingEqualsTheCpus) {
+TEST_F(CudaQuantizeTest, EveryStochasticCodeEqualsTheCpus) {
   uint32_t seed = 0;
   for (const Element& e : all_elements()) {
     ++seed;
@@ -363,6 +363,32 @@ TEST_F(CudaQuantizeTest, WhatIsNotFiniteIsRaisedOnceByTheNextWait) {
       }
       EXPECT_NO_THROW(stream_->synchronize());
       EXPECT_EQ(quantized(weights, format, {.nan = NanPolicy::saturate}), "");
+    }
+  }
+}
+
+TEST_F(CudaQuantizeTest, GroupsWithNanOrInfinityAreKeptAsNan) {
+  std::vector<Format> formats;
+  for (const ScaleType scale : {ScaleType::fp32, ScaleType::fp16, ScaleType::bf16, ScaleType::e8m0, ScaleType::e4m3}) {
+    formats.push_back({Format::parse("fp6_e2m3").element, 128, scale});
+    formats.push_back({Format::parse("uint4").element, 0, scale});
+  }
+  for (const char* text : {"int8:g16:bf16", "int8:row:fp32", "nf4:g64:fp16", "fp8_e4m3:g48:fp16", "uint3:g32:e4m3"}) {
+    formats.push_back(Format::parse(text));
+  }
+  for (size_t i = 0; i < formats.size(); ++i) {
+    const int64_t cols = formats[i].group == 0 ? 1100 : 300;  // several tiles where they share a scale
+    Floats weights(kTypes[i % 3], 4, cols, cols, 7);
+    weights.set(1, NAN);
+    weights.set(cols + cols - 1, -INFINITY);
+    weights.set(3 * cols + 100, INFINITY);
+    weights.set(3 * cols + 101, NAN);
+    const QuantizeOptions keep{.nan = NanPolicy::keep, .stochastic = i % 4 == 0, .seed = 3};
+    EXPECT_EQ(quantized(weights, formats[i], keep), "");
+    const QTensor q = QTensor::quantize(weights.view(), formats[i], keep);
+    EXPECT_EQ(dequantized({q.canonical_view()}, kTypes[(i + 1) % 3], cols), "");
+    if (i % 4 == 1) {
+      EXPECT_EQ(dequantized({q.canonical_view(), q.canonical_view()}, kTypes[i % 3], cols), "");
     }
   }
 }

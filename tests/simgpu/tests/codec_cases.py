@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import simgpu
-from test_quantize import COLS, FLAGS, dequantize, quantize
+from shipped import FLAGS
+from test_quantize import COLS, dequantize, quantize
 
 SOURCE = "../../../cuda/kernels/sm80_quantize.cu"
 ROWS = 2

@@ -9,17 +9,16 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
-from ctypes import c_bool, c_double, c_float, c_int32, c_int64, c_uint8, c_uint64
+from ctypes import c_bool, c_double, c_float, c_int32, c_int64, c_uint8, c_uint32, c_uint64
 from pathlib import Path
 
 import numpy as np
 import pytest
 import simgpu
+from shipped import FLAGS, KERNELS, image
 from simgpu import static
 
-ROOT = Path(__file__).resolve().parents[3]
-SOURCE = ROOT / "cuda/kernels/sm80_quantize.cu"
-FLAGS = ["-std=c++20", "-O3", "-fmad=false", f"-I{ROOT}/cpp/src", f"-I{ROOT}/cuda"]
+SOURCE = KERNELS / "sm80_quantize.cu"
 ROWS, COLS, PEERS = 16, 4096, 64
 SIZES = {"f32": 4, "f16": 2, "bf16": 2}
 
@@ -62,6 +61,7 @@ ScaleCoding = structure(
     least=c_int64,
     most=c_double,
     divisor=c_double,
+    nan=c_uint32,
 )
 QuantizeArgs = structure(
     "QuantizeArgs",
@@ -71,6 +71,7 @@ QuantizeArgs = structure(
     element=Element,
     scale=ScaleCoding,
     saturate=c_bool,
+    keep=c_bool,
     seed=c_uint64,
     origin=c_uint64,
 )
@@ -111,7 +112,7 @@ def shape(bits: int, group: int, rows: int, cols: int) -> ctypes.Structure:
 def program() -> simgpu.Program:
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not installed")
-    return simgpu.compile(SOURCE, flags=FLAGS)
+    return image(SOURCE.stem)
 
 
 class Matrix:
@@ -154,9 +155,10 @@ def quantize(
     raw = weights.view(np.uint32) >> 16 if dtype == "bf16" else weights.astype({"f32": "f4", "f16": "f2"}[dtype])
     source = device.array(raw.astype(np.uint16) if dtype == "bf16" else raw, readonly=True)
     matrix = Matrix(device, bits, group, kind == 2, rows, cols)
-    scale = ScaleCoding(1, False, True, 42, (1023 - 14) << 52, 65504.0, {0: 4.0, 3: 1.0}.get(kind, 1 << bits - 1))
+    most = {0: 4.0, 3: 1.0}.get(kind, 1 << bits - 1)
+    scale = ScaleCoding(1, False, True, 42, (1023 - 14) << 52, 65504.0, most, 0x7E00)
     args = QuantizeArgs(
-        source.ptr, matrix.arrays, shape(bits, group, rows, cols), element(kind, bits), scale, False, 1, 0
+        source.ptr, matrix.arrays, shape(bits, group, rows, cols), element(kind, bits), scale, False, False, 1, 0
     )
     assert program.find(f"{name}_{dtype}").params[0].size == ctypes.sizeof(args)
     grid, block = ((1, rows // 2), 256) if group else (rows, 128)

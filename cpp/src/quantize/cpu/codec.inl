@@ -406,13 +406,14 @@ inline L scales_step(D range, const ScaleRule& rule, Stored* stored, float* scal
     code = (L)sum - c + ((e - kLeast) >> kShift);
     value = sum - (D)c;
   }
-  const HalfF s = __builtin_convertvector(value * (double)rule.global, HalfF);
+  const L infinite = range > __DBL_MAX__;
+  const HalfF s = __builtin_convertvector(infinite ? D{} : value * (double)rule.global, HalfF);
   const D exact = __builtin_convertvector(s, D);
   const L empty = (exact == 0) | (range == 0);
   const D reciprocal = 1 / exact;
   const HalfF y = __builtin_convertvector(empty ? D{} : reciprocal, HalfF);
   const HalfF z = __builtin_convertvector(empty ? D{} : reciprocal - __builtin_convertvector(y, D), HalfF);
-  code = exact == 0 ? L{} : code;
+  code = infinite ? (int64_t)rule.nan - L{} : exact == 0 ? L{} : code;
   for (int64_t i = 0; i < kDoubles; ++i) stored[i] = (Stored)code[i];
   store(scale, s);
   store(inverse, y);
