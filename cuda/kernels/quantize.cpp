@@ -228,6 +228,7 @@ void quantize(const TensorView& weights, const CanonicalView& out, const Quantiz
   args.saturate = options.nan == NanPolicy::saturate;
   args.keep = options.nan == NanPolicy::keep;
   args.seed = options.seed;
+  args.first_index = options.first_index;
   args.origin = found_check().origin(matrix.cols, device);
 
   if (format.has_global_scale()) find_global_scale(args, type, stream);

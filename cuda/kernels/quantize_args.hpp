@@ -64,6 +64,7 @@ struct QuantizeArgs {
   bool saturate;  // NaN and Inf are replaced
   bool keep;      // or make their group NaN; else they are reported
   uint64_t seed;
+  int64_t first_index;
   uint64_t origin;  // the upper bits of what is found
 };
 

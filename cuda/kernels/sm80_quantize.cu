@@ -130,8 +130,8 @@ __device__ void encode(const QuantizeArgs& args, int64_t row, int tile, uint4* s
   }
   uint32_t quad[kQuads] = {};
   if constexpr (kStochastic) {
-    stochastic_codes(x, scales.zero, element, row * shape.cols + begin + lane * kLaneElements, args.seed, staged, lane,
-                     quad);
+    const int64_t index = args.first_index + row * shape.cols + begin + lane * kLaneElements;
+    stochastic_codes(x, scales.zero, element, index, args.seed, staged, lane, quad);
   } else {
     nearest_codes(x, scales.zero, element, quad);
   }

@@ -21,5 +21,6 @@ void bind_memory(nb::module_& module);
 void bind_pool(nb::module_& module);
 void bind_io(nb::module_& module);
 void bind_checkpoint(nb::module_& module);
+void bind_collective(nb::module_& module);
 
 }  // namespace ng::python

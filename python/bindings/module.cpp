@@ -24,6 +24,10 @@ void translate(const std::exception_ptr& pointer, void*) {
     PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(instance.ptr())), instance.ptr());
   } catch (const CudaError& error) {
     set_error("CudaError", error.what());
+  } catch (const Timeout& error) {
+    PyErr_SetString(PyExc_TimeoutError, error.what());
+  } catch (const TransportError& error) {
+    set_error("TransportError", error.what());
   } catch (const CheckpointCorrupt& error) {
     set_error("CheckpointCorrupt", error.what());
   } catch (const CheckpointError& error) {
@@ -55,4 +59,5 @@ NB_MODULE(_native, module) {
   bind_pool(module);
   bind_io(module);
   bind_checkpoint(module);
+  bind_collective(module);
 }

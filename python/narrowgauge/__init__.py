@@ -13,14 +13,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from narrowgauge import _native
-from narrowgauge._native import FileTier, Format, Tensor, format_aliases, set_threads, threads
-from narrowgauge.errors import CheckpointCorrupt, CheckpointError, CudaError, Error, FileCorrupt, PerformanceWarning
+from narrowgauge._native import FileTier, Format, Tensor, Wire, format_aliases, set_threads, threads
+from narrowgauge.collective import Communicator
+from narrowgauge.errors import (
+    CheckpointCorrupt,
+    CheckpointError,
+    CudaError,
+    Error,
+    FileCorrupt,
+    PerformanceWarning,
+    TransportError,
+)
 from narrowgauge.linear import linear
 from narrowgauge.memory import DevicePool, HostPool, PinnedPool, PoolStatistics
 from narrowgauge.qtensor import Canonical, QTensor, quantize
 
 if TYPE_CHECKING:
-    from narrowgauge import checkpoint, cuda, nn, ops
+    from narrowgauge import checkpoint, cuda, ddp, fsdp, nn, ops
     from narrowgauge.checkpoint import Checkpointer, PerRank, load_checkpoint, verify_checkpoint
     from narrowgauge.model import LayerReport, QuantizeReport, load_model, quantize_model, save_model
 
@@ -44,6 +53,8 @@ _LAZY = {
     "PerRank": "checkpoint",
     "checkpoint": None,
     "cuda": None,
+    "ddp": None,
+    "fsdp": None,
     "load_checkpoint": "checkpoint",
     "verify_checkpoint": "checkpoint",
     "nn": None,
@@ -60,6 +71,7 @@ __all__ = [
     "CheckpointCorrupt",
     "CheckpointError",
     "Checkpointer",
+    "Communicator",
     "CudaError",
     "DevicePool",
     "Error",
@@ -75,13 +87,17 @@ __all__ = [
     "QTensor",
     "QuantizeReport",
     "Tensor",
+    "TransportError",
+    "Wire",
     "checkpoint",
     "cuda",
+    "ddp",
     "format_aliases",
     "fp4",
     "fp5",
     "fp6",
     "fp8",
+    "fsdp",
     "int4",
     "int8",
     "linear",

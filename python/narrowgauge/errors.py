@@ -25,5 +25,9 @@ class CheckpointCorrupt(FileCorrupt):
     """A checkpoint is damaged or hostile; the message names file, tensor and chunk."""
 
 
+class TransportError(Error):
+    """Ranks of a collective do not agree, or one of them has gone. One that is late raises TimeoutError."""
+
+
 class PerformanceWarning(UserWarning):
     """The call works but does avoidable work."""

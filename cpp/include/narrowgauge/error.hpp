@@ -44,6 +44,19 @@ class CudaError : public Error {
   using Error::Error;
 };
 
+// Ranks of a collective do not agree, or one of them has gone. Python: narrowgauge.TransportError (a
+// narrowgauge.Error).
+class TransportError : public Error {
+ public:
+  using Error::Error;
+};
+
+// Another rank did not come in time. Python: TimeoutError.
+class Timeout : public TransportError {
+ public:
+  using TransportError::TransportError;
+};
+
 // A file is not what it claims to be: truncated, altered or hostile. Python: narrowgauge.FileCorrupt (a ValueError).
 class FileCorrupt : public Error {
  public:

@@ -79,6 +79,7 @@ struct QuantizeOptions {
   // key = seed, and is rounded away from zero (uintN: up) if word * 2^-32 < fraction. The same on every machine.
   bool stochastic = false;
   uint64_t seed = 0;
+  int64_t first_index = 0;  // that of the matrix's first element, where the matrix is a part of something
 };
 
 // scale = amax / element_max (uintN: (hi - lo) / element_max with lo = min(0, smallest), hi = max(0, largest), and

@@ -351,8 +351,8 @@ class Quantizer {
     alignas(64) std::array<uint8_t, kRun> codes;
     if (options_.stochastic) {
       std::fill(codes.begin(), codes.end(), uint8_t{0});
-      encode_stochastic(static_cast<const float*>(run.data), run.n, row * weights_.cols + begin, options_.seed,
-                        element_, spread, codes.data());
+      encode_stochastic(static_cast<const float*>(run.data), run.n, options_.first_index + row * weights_.cols + begin,
+                        options_.seed, element_, spread, codes.data());
     } else {
       table_.encode(run.data, run.type, run.n, element_, spread, codes.data(), next);
     }

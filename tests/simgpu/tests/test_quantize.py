@@ -73,6 +73,7 @@ QuantizeArgs = structure(
     saturate=c_bool,
     keep=c_bool,
     seed=c_uint64,
+    first_index=c_int64,
     origin=c_uint64,
 )
 DequantizeArgs = structure(

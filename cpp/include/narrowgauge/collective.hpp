@@ -1,0 +1,110 @@
+// Collectives with narrow numbers on the wire: all_gather, reduce_scatter, all_reduce, all_to_all.
+//
+// What a rank sends is quantised as it leaves, in a Format; sums are made of the decoded values in fp32, in the order
+// of the ranks, and rounded to the type of the result once. So results are the same bits every time, on every rank that
+// gets them, for any number of chunks and threads. A group with a NaN or an infinity arrives as NaN.
+//
+// With nodes (Communicator's `node_size`) a collective has two levels (qgZ; Wang et al. 2023, ZeRO++, section 3.3):
+// reduce_scatter adds up within nodes first, so that between nodes goes 1/node_size of the bytes; all_gather goes
+// between nodes first. Each level has a Wire of its own.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <set>
+#include <span>
+#include <string>
+
+#include "narrowgauge/executor.hpp"
+#include "narrowgauge/format.hpp"
+#include "narrowgauge/tensor.hpp"
+#include "narrowgauge/transport.hpp"
+
+namespace ng {
+
+// How elements travel.
+struct Wire {
+  // With groups, and without a global scale, since elements are cut into chunks; nullopt: as they are, exactly.
+  std::optional<Format> format{};
+  // Each block of 64 elements is multiplied by a Hadamard matrix before it is quantised, and after it is decoded, which
+  // spreads outliers over the block (a shorter last block by smaller matrices).
+  bool hadamard = false;
+  // Stochastic rounding: unbiased. Options' seed and the rank are the key, so that ranks round apart.
+  bool stochastic = false;
+
+  std::string str() const;
+  friend bool operator==(const Wire&, const Wire&) = default;
+};
+
+struct CollectiveOptions {
+  Wire wire{};                    // between all ranks; with nodes, between those
+  Wire inside{};                  // with nodes, within one
+  int chunks = 8;                 // at most; on the wire while others are coded. 1: no overlap
+  int64_t chunk_bytes = 1 << 18;  // of the elements, at least
+  uint64_t seed = 0;              // of stochastic rounding; a new one for every call
+};
+
+enum class Reduction : uint8_t { sum, mean };
+
+// A collective that was started; its tensors must stay until wait() has returned. Move-only. Ranks wait for those they
+// have started in the same order.
+class Pending {
+ public:
+  class Work;
+  explicit Pending(std::unique_ptr<Work> work);
+  Pending(Pending&&) noexcept;
+  Pending& operator=(Pending&&) noexcept;
+  ~Pending();  // gives up what was not waited for
+
+  // Decodes what arrives; returns when the result is complete. Throws TransportError, Timeout. Later calls do nothing.
+  void wait();
+
+ private:
+  std::unique_ptr<Work> work_;
+};
+
+// The ranks that take part, and their nodes. Tensors are f32, f16 or bf16, dense, in host memory, of any shape; results
+// do not overlap inputs unless said. Used by one thread at a time. All ranks call the same collectives in the same
+// order; the first call of a kind compares its description with the others': if they differ, all throw TransportError
+// with both.
+class Communicator {
+ public:
+  // node_size: ranks [0, node_size) are the first node, and so on; 0: no nodes. Throws InvalidArgument unless it
+  // divides the size.
+  explicit Communicator(std::shared_ptr<Transport> transport, int node_size = 0,
+                        Executor& executor = default_executor());
+
+  int rank() const noexcept { return transport_->rank(); }
+  int size() const noexcept { return transport_->size(); }
+  int node_size() const noexcept { return node_size_; }
+  const Transport& transport() const noexcept { return *transport_; }
+
+  // out: the shards of all ranks, in their order; numel = size x that of `shard`, which may be its own part of `out`.
+  // All ranks decode the same bytes, a rank its own too.
+  Pending all_gather(const TensorView& shard, const TensorView& out, const CollectiveOptions& options);
+
+  // out: of the inputs' parts [rank], the sum or mean. input: size x numel of `out`.
+  Pending reduce_scatter(const TensorView& input, const TensorView& out, Reduction reduction,
+                         const CollectiveOptions& options);
+
+  // out: the sum or mean of the inputs, quantised once more on its way to all ranks; may be `input` itself.
+  Pending all_reduce(const TensorView& input, const TensorView& out, Reduction reduction,
+                     const CollectiveOptions& options);
+
+  // input: input_numels[0] elements for rank 0, then those for rank 1, and so on; out likewise. Never in two levels.
+  Pending all_to_all(const TensorView& input, std::span<const int64_t> input_numels, const TensorView& out,
+                     std::span<const int64_t> out_numels, const CollectiveOptions& options);
+
+ private:
+  void agree(const std::string& description);
+
+  std::shared_ptr<Transport> transport_;
+  std::shared_ptr<Transport> node_;    // the ranks of this node; null without nodes
+  std::shared_ptr<Transport> across_;  // those of other nodes that have this one's place
+  int node_size_;
+  Executor* executor_;
+  std::set<std::string> agreed_;
+};
+
+}  // namespace ng

@@ -1,0 +1,55 @@
+// Transport: what carries the bytes of a collective from rank to rank: a library that is there anyway
+// (torch.distributed, MPI, NCCL), or memory, where the ranks are threads of one process. Never sockets of our own.
+//
+// All ranks start the same transfers in the same order. A rank's transport is used by one thread at a time.
+#pragma once
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace ng {
+
+// One that was started. It may be destroyed at any time, after which nothing is written to its memory.
+class Transfer {
+ public:
+  virtual ~Transfer() = default;
+  // Returns when all has been received, and what was sent may be written again. Throws Timeout, which names the ranks
+  // that are missing where that is known, and TransportError.
+  virtual void wait() = 0;
+};
+
+class Transport {
+ public:
+  virtual ~Transport() = default;
+
+  virtual int rank() const = 0;
+  virtual int size() const = 0;
+  virtual std::string name() const = 0;
+
+  // Both return when the transfer has been started; its memory must stay until wait() has returned. `operation` is what
+  // errors call it.
+
+  // Every rank sends the same number of bytes to all. received: those of rank 0, of rank 1, and so on.
+  virtual std::unique_ptr<Transfer> all_gather(std::span<const std::byte> sent, std::byte* received,
+                                               std::string_view operation) = 0;
+  // sent: first the sent_bytes[0] bytes for rank 0, then those for rank 1, and so on; received likewise.
+  virtual std::unique_ptr<Transfer> all_to_all(const std::byte* sent, std::span<const int64_t> sent_bytes,
+                                               std::byte* received, std::span<const int64_t> received_bytes,
+                                               std::string_view operation) = 0;
+
+  // Called by all ranks: a transport among those that give the same color, in the order of their ranks here.
+  virtual std::shared_ptr<Transport> split(int color) = 0;
+};
+
+// Transports of `size` ranks within this process, each for a thread of its own. A rank whose transport is destroyed has
+// gone: transfers that still need it throw TransportError.
+std::vector<std::shared_ptr<Transport>> in_process_transports(
+    int size, std::chrono::milliseconds timeout = std::chrono::minutes(5));
+
+}  // namespace ng

@@ -1,0 +1,532 @@
+// The collectives as stages of chunks. A chunk is a range of every rank's part of a tensor, cut at whole groups.
+#include "narrowgauge/collective.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <numeric>
+
+#include "collective/pipeline.hpp"
+#include "collective/wire.hpp"
+#include "narrowgauge/error.hpp"
+
+namespace ng {
+namespace {
+
+using collective::decode;
+using collective::decode_sum;
+using collective::encode;
+using collective::unit_elements;
+using collective::wire_bytes;
+
+// --- tensors -------------------------------------------------------------------------------------------------------
+
+// A tensor as the row of its elements.
+struct Elements {
+  std::byte* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t n = 0;
+
+  std::byte* at(int64_t index) const { return data + index * static_cast<int64_t>(dtype_bytes(dtype)); }
+};
+
+Elements elements_of(const TensorView& tensor, const char* name) {
+  NG_CHECK(tensor.dtype == DType::f32 || tensor.dtype == DType::f16 || tensor.dtype == DType::bf16, InvalidArgument,
+           name, " is ", dtype_name(tensor.dtype), "; expected float32, float16 or bfloat16");
+  NG_CHECK(tensor.is_contiguous(), InvalidArgument, name, " is strided; expected dense elements");
+  NG_CHECK(tensor.data != nullptr || tensor.numel() == 0, InvalidArgument, name, " is null; expected ", tensor.numel(),
+           " elements");
+  return {static_cast<std::byte*>(tensor.data), tensor.dtype, tensor.numel()};
+}
+
+// --- layout --------------------------------------------------------------------------------------------------------
+
+struct Range {
+  int64_t first = 0;
+  int64_t n = 0;
+};
+
+// Of `count` nearly equal ranges of [0, n) that start at multiples of `unit`, the one of this index.
+Range cut(int64_t n, int64_t unit, int64_t index, int64_t count) {
+  const int64_t units = (n + unit - 1) / unit;
+  const auto bound = [&](int64_t i) { return std::min(n, units * i / count * unit); };
+  return {bound(index), bound(index + 1) - bound(index)};
+}
+
+// The ranks' parts of a tensor, and the chunks of each.
+struct Layout {
+  std::vector<Range> parts;
+  int64_t unit = 1;
+  int chunks = 1;
+
+  Range chunk(int part, int index) const {
+    const Range whole = parts[static_cast<size_t>(part)];
+    const Range range = cut(whole.n, unit, index, chunks);
+    return {whole.first + range.first, range.n};
+  }
+  int64_t longest(int index) const {
+    int64_t n = 0;
+    for (int part = 0; part < static_cast<int>(parts.size()); ++part) n = std::max(n, chunk(part, index).n);
+    return n;
+  }
+};
+
+int chunks_of(int64_t n, DType dtype, const CollectiveOptions& options) {
+  const int64_t bytes = n * static_cast<int64_t>(dtype_bytes(dtype));
+  return static_cast<int>(std::clamp<int64_t>(bytes / options.chunk_bytes, 1, options.chunks));
+}
+
+// Parts of n elements each.
+Layout equal_parts(int64_t n, int ranks, DType dtype, const CollectiveOptions& options) {
+  Layout layout;
+  for (int rank = 0; rank < ranks; ++rank) layout.parts.push_back({rank * n, n});
+  layout.unit = std::lcm(unit_elements(options.wire), unit_elements(options.inside));
+  layout.chunks = chunks_of(n * ranks, dtype, options);
+  return layout;
+}
+
+// n elements in parts.
+Layout nearly_equal_parts(int64_t n, int ranks, DType dtype, const CollectiveOptions& options) {
+  Layout layout = equal_parts(0, ranks, dtype, options);
+  layout.chunks = chunks_of(n, dtype, options);
+  for (int rank = 0; rank < ranks; ++rank) {
+    layout.parts[static_cast<size_t>(rank)] = cut(n, layout.unit, rank, ranks);
+  }
+  return layout;
+}
+
+// --- stages --------------------------------------------------------------------------------------------------------
+
+// The ranks, as the communicator knows them.
+struct Ranks {
+  Transport* all;
+  Transport* node;    // null without nodes
+  Transport* across;  // likewise
+  int node_size;      // 0: no nodes
+
+  bool has_nodes() const { return node_size != 0; }
+  int nodes() const { return all->size() / node_size; }
+};
+
+// What a stage computes, from what the one before has brought, and sends.
+enum class Step : uint8_t {
+  scatter,         // the input's chunks, to the ranks that have the parts
+  scatter_inside,  // likewise within nodes: to every place those of the ranks that have it, in any node
+  scatter_across,  // the node's sums, to the ranks of this place in other nodes
+  finish_sum,      // sums of all, into out
+  gather,          // this rank's chunk to all, or to those of its place in all nodes
+  forward,         // what came from other nodes, within this one
+  finish_gather,   // the chunks of all, into out
+};
+
+class Job final : public Pending::Work {
+ public:
+  struct Setup {
+    std::vector<Step> steps;
+    Ranks ranks;
+    Layout layout;
+    Elements input, out;
+    CollectiveOptions options;
+    int divisor = 1;
+    std::string operation;
+    Executor* executor;
+  };
+
+  explicit Job(Setup setup) : Work(setup.layout.chunks, static_cast<int>(setup.steps.size())), s_(std::move(setup)) {
+    start();
+  }
+
+ private:
+  std::unique_ptr<Transfer> step(int stage, int chunk) override {
+    Message& now = message(stage, chunk);
+    Message* const before = stage == 0 ? nullptr : &message(stage - 1, chunk);
+    std::unique_ptr<Transfer> transfer;
+    switch (s_.steps[static_cast<size_t>(stage)]) {
+      case Step::scatter: transfer = scatter(chunk, now); break;
+      case Step::scatter_inside: transfer = scatter_inside(chunk, now); break;
+      case Step::scatter_across: transfer = scatter_across(chunk, *before, now); break;
+      case Step::finish_sum: finish_sum(chunk, *before); break;
+      case Step::gather: transfer = gather(chunk, before, now); break;
+      case Step::forward: transfer = forward(*before, now); break;
+      case Step::finish_gather: finish_gather(chunk, *before); break;
+    }
+    if (before != nullptr) *before = {};
+    return transfer;
+  }
+
+  int rank() const { return s_.ranks.all->rank(); }
+  int size() const { return s_.ranks.all->size(); }
+  Range mine(int chunk) const { return s_.layout.chunk(rank(), chunk); }
+
+  // Ranks and levels round apart.
+  uint64_t key(int level) const {
+    return s_.options.seed + 0x9e3779b97f4a7c15U * (static_cast<uint64_t>(rank()) * 4 + static_cast<uint64_t>(level));
+  }
+
+  std::unique_ptr<Transfer> exchange(Transport& transport, Message& now) const {
+    return transport.all_to_all(now.sent.data(), now.sent_bytes, now.received.data(), now.received_bytes, s_.operation);
+  }
+  std::unique_ptr<Transfer> gather(Transport& transport, Message& now) const {
+    return transport.all_gather({now.sent.data(), now.sent.size()}, now.received.data(), s_.operation);
+  }
+
+  std::unique_ptr<Transfer> scatter(int chunk, Message& now) {
+    const Wire& wire = s_.options.wire;
+    for (int peer = 0; peer < size(); ++peer) {
+      now.sent_bytes.push_back(wire_bytes(wire, s_.input.dtype, s_.layout.chunk(peer, chunk).n));
+      now.received_bytes.push_back(wire_bytes(wire, s_.input.dtype, mine(chunk).n));
+    }
+    now.reserve();
+    std::byte* to = now.sent.data();
+    for (int peer = 0; peer < size(); ++peer) {
+      const Range range = s_.layout.chunk(peer, chunk);
+      encode(wire, s_.input.at(range.first), s_.input.dtype, range.n, {key(0), range.first}, to, *s_.executor);
+      to += now.sent_bytes[static_cast<size_t>(peer)];
+    }
+    return exchange(*s_.ranks.all, now);
+  }
+
+  // The rank of node `node` that has place `place` in it.
+  int rank_at(int node, int place) const { return node * s_.ranks.node_size + place; }
+
+  std::unique_ptr<Transfer> scatter_inside(int chunk, Message& now) {
+    const Wire& wire = s_.options.inside;
+    const int nodes = s_.ranks.nodes();
+    const auto bytes = [&](int place) {
+      int64_t sum = 0;
+      for (int node = 0; node < nodes; ++node) {
+        sum += wire_bytes(wire, s_.input.dtype, s_.layout.chunk(rank_at(node, place), chunk).n);
+      }
+      return sum;
+    };
+    for (int place = 0; place < s_.ranks.node_size; ++place) {
+      now.sent_bytes.push_back(bytes(place));
+      now.received_bytes.push_back(bytes(s_.ranks.node->rank()));
+    }
+    now.reserve();
+    std::byte* to = now.sent.data();
+    for (int place = 0; place < s_.ranks.node_size; ++place) {
+      for (int node = 0; node < nodes; ++node) {
+        const Range range = s_.layout.chunk(rank_at(node, place), chunk);
+        encode(wire, s_.input.at(range.first), s_.input.dtype, range.n, {key(0), range.first}, to, *s_.executor);
+        to += wire_bytes(wire, s_.input.dtype, range.n);
+      }
+    }
+    return exchange(*s_.ranks.node, now);
+  }
+
+  std::unique_ptr<Transfer> scatter_across(int chunk, const Message& before, Message& now) {
+    const int nodes = s_.ranks.nodes(), place = s_.ranks.node->rank();
+    const Wire& wire = s_.options.wire;
+    for (int node = 0; node < nodes; ++node) {
+      now.sent_bytes.push_back(wire_bytes(wire, DType::f32, s_.layout.chunk(rank_at(node, place), chunk).n));
+      now.received_bytes.push_back(wire_bytes(wire, DType::f32, mine(chunk).n));
+    }
+    now.reserve();
+    std::byte* to = now.sent.data();
+    int64_t skipped = 0;  // of each peer's bytes
+    for (int node = 0; node < nodes; ++node) {
+      const Range range = s_.layout.chunk(rank_at(node, place), chunk);
+      const std::vector<const std::byte*> units = units_of(before, before.received_bytes[0], skipped);
+      sum_.resize(static_cast<size_t>(range.n));
+      decode_sum(s_.options.inside, units, s_.input.dtype, range.n, 1, sum_.data(), DType::f32, *s_.executor);
+      encode(wire, sum_.data(), DType::f32, range.n, {key(1), range.first}, to, *s_.executor);
+      skipped += wire_bytes(s_.options.inside, s_.input.dtype, range.n);
+      to += now.sent_bytes[static_cast<size_t>(node)];
+    }
+    return exchange(*s_.ranks.across, now);
+  }
+
+  // Where the unit `skipped` bytes into what each rank sent begins; `each` bytes came from each.
+  static std::vector<const std::byte*> units_of(const Message& message, int64_t each, int64_t skipped) {
+    std::vector<const std::byte*> units;
+    for (size_t peer = 0; peer < message.received_bytes.size(); ++peer) {
+      units.push_back(message.received.data() + static_cast<int64_t>(peer) * each + skipped);
+    }
+    return units;
+  }
+
+  // The sum of what all ranks have sent for this rank's part.
+  void sum(int chunk, const Message& before, void* to, DType dtype) const {
+    const DType sent = s_.ranks.has_nodes() ? DType::f32 : s_.input.dtype;
+    decode_sum(s_.options.wire, units_of(before, before.received_bytes[0], 0), sent, mine(chunk).n, s_.divisor, to,
+               dtype, *s_.executor);
+  }
+
+  void finish_sum(int chunk, const Message& before) const {
+    const int64_t first = mine(chunk).first - s_.layout.parts[static_cast<size_t>(rank())].first;
+    sum(chunk, before, s_.out.at(first), s_.out.dtype);
+  }
+
+  // The type of what gather encodes: sums are rounded to out's only if that is how they travel.
+  DType gathered_type() const {
+    if (s_.steps[0] == Step::gather) return s_.input.dtype;
+    return s_.options.wire.format ? DType::f32 : s_.out.dtype;
+  }
+  int64_t gathered_bytes(int chunk) const {
+    return wire_bytes(s_.options.wire, gathered_type(), s_.layout.longest(chunk));
+  }
+
+  std::unique_ptr<Transfer> gather(int chunk, const Message* before, Message& now) {
+    Transport& transport = s_.ranks.has_nodes() ? *s_.ranks.across : *s_.ranks.all;
+    const DType dtype = gathered_type();
+    const Range range = mine(chunk);
+    now.sent_bytes = {gathered_bytes(chunk)};
+    now.received_bytes = {gathered_bytes(chunk) * transport.size()};
+    now.reserve();
+    const int64_t used = wire_bytes(s_.options.wire, dtype, range.n);
+    std::memset(now.sent.data() + used, 0, now.sent.size() - static_cast<size_t>(used));
+    if (before != nullptr) {
+      sum_.resize(static_cast<size_t>(range.n));
+      sum(chunk, *before, sum_.data(), dtype);
+    }
+    const int64_t first = range.first - s_.layout.parts[static_cast<size_t>(rank())].first;
+    encode(s_.options.wire, before == nullptr ? s_.input.at(first) : static_cast<const void*>(sum_.data()), dtype,
+           range.n, {key(2), range.first}, now.sent.data(), *s_.executor);
+    return gather(transport, now);
+  }
+
+  std::unique_ptr<Transfer> forward(Message& before, Message& now) const {
+    now.sent = std::move(before.received);
+    now.received = Buffer(now.sent.size() * static_cast<size_t>(s_.ranks.node->size()));
+    return gather(*s_.ranks.node, now);
+  }
+
+  void finish_gather(int chunk, const Message& before) const {
+    for (int peer = 0; peer < size(); ++peer) {
+      // With nodes they have come by place, then by node.
+      const int node_size = s_.ranks.node_size;
+      const int at = s_.ranks.has_nodes() ? peer % node_size * s_.ranks.nodes() + peer / node_size : peer;
+      const Range range = s_.layout.chunk(peer, chunk);
+      decode(s_.options.wire, before.received.data() + at * gathered_bytes(chunk), gathered_type(), range.n,
+             s_.out.at(range.first), s_.out.dtype, *s_.executor);
+    }
+  }
+
+  const Setup s_;
+  std::vector<float> sum_;
+};
+
+// all_to_all: a part for every rank, in one level.
+class Exchange final : public Pending::Work {
+ public:
+  struct Setup {
+    Transport* transport;
+    std::vector<Range> sent, received;
+    int64_t unit;
+    int chunks;
+    Elements input, out;
+    CollectiveOptions options;
+    std::string operation;
+    Executor* executor;
+  };
+
+  explicit Exchange(Setup setup) : Work(setup.chunks, 2), s_(std::move(setup)) { start(); }
+
+ private:
+  std::unique_ptr<Transfer> step(int stage, int chunk) override {
+    const Wire& wire = s_.options.wire;
+    Message& sent = message(0, chunk);
+    if (stage == 0) {
+      for (const Range& part : s_.sent) sent.sent_bytes.push_back(wire_bytes(wire, s_.input.dtype, at(part, chunk).n));
+      for (const Range& part : s_.received) {
+        sent.received_bytes.push_back(wire_bytes(wire, s_.input.dtype, at(part, chunk).n));
+      }
+      sent.reserve();
+      std::byte* to = sent.sent.data();
+      for (const Range& part : s_.sent) {
+        const Range range = at(part, chunk);
+        const uint64_t key = s_.options.seed + 0x9e3779b97f4a7c15U * static_cast<uint64_t>(s_.transport->rank()) * 4;
+        encode(wire, s_.input.at(range.first), s_.input.dtype, range.n, {key, range.first}, to, *s_.executor);
+        to += wire_bytes(wire, s_.input.dtype, range.n);
+      }
+      return s_.transport->all_to_all(sent.sent.data(), sent.sent_bytes, sent.received.data(), sent.received_bytes,
+                                      s_.operation);
+    }
+    const std::byte* from = sent.received.data();
+    for (const Range& part : s_.received) {
+      const Range range = at(part, chunk);
+      decode(wire, from, s_.input.dtype, range.n, s_.out.at(range.first), s_.out.dtype, *s_.executor);
+      from += wire_bytes(wire, s_.input.dtype, range.n);
+    }
+    return nullptr;
+  }
+
+  Range at(const Range& part, int chunk) const {
+    const Range range = cut(part.n, s_.unit, chunk, s_.chunks);
+    return {part.first + range.first, range.n};
+  }
+
+  const Setup s_;
+};
+
+void check_options(const CollectiveOptions& options) {
+  collective::check_wire(options.wire);
+  collective::check_wire(options.inside);
+  NG_CHECK(options.chunks >= 1, InvalidArgument, options.chunks, " chunks; expected at least 1");
+  NG_CHECK(options.chunk_bytes >= 1, InvalidArgument, "chunks of ", options.chunk_bytes, " bytes; expected at least 1");
+}
+
+// What all ranks must agree on.
+std::string describe(const char* name, const Elements& input, const Elements& out, const CollectiveOptions& options,
+                     int node_size) {
+  std::string nodes;
+  if (node_size != 0) nodes = concat(", ", options.inside.str(), " in nodes of ", node_size);
+  return concat(name, " of ", input.n, ' ', dtype_name(input.dtype), " to ", out.n, ' ', dtype_name(out.dtype), " in ",
+                options.wire.str(), nodes, ", ", options.chunks, " chunks of ", options.chunk_bytes, " bytes");
+}
+
+const char* reduction_name(const char* sum, const char* mean, Reduction reduction) {
+  return reduction == Reduction::sum ? sum : mean;
+}
+
+}  // namespace
+
+std::string Wire::str() const {
+  if (!format) return "exact";
+  return concat(format->str(), hadamard ? "+hadamard" : "", stochastic ? "+stochastic" : "");
+}
+
+// --- Pending -------------------------------------------------------------------------------------------------------
+
+Pending::Pending(std::unique_ptr<Work> work) : work_(std::move(work)) {}
+Pending::Pending(Pending&&) noexcept = default;
+Pending& Pending::operator=(Pending&&) noexcept = default;
+Pending::~Pending() = default;
+
+void Pending::wait() {
+  if (work_ == nullptr) return;
+  const std::unique_ptr<Work> work = std::move(work_);
+  work->finish();
+}
+
+// --- Communicator --------------------------------------------------------------------------------------------------
+
+Communicator::Communicator(std::shared_ptr<Transport> transport, int node_size, Executor& executor)
+    : transport_(std::move(transport)), node_size_(node_size), executor_(&executor) {
+  NG_CHECK(transport_ != nullptr, InvalidArgument, "the transport is null");
+  NG_CHECK(node_size >= 0 && (node_size == 0 || size() % node_size == 0), InvalidArgument, "nodes of ", node_size,
+           " ranks; expected a divisor of the ", size(), " that there are, or 0");
+  if (node_size <= 1 || node_size == size()) node_size_ = 0;  // one level is all there is
+  if (node_size_ == 0) return;
+  node_ = transport_->split(rank() / node_size_);
+  across_ = transport_->split(rank() % node_size_);
+}
+
+void Communicator::agree(const std::string& description) {
+  if (agreed_.contains(description)) return;
+  constexpr size_t kRecord = 256;
+  std::array<char, kRecord> mine{};
+  description.copy(mine.data(), kRecord - 1);
+  std::vector<char> all(kRecord * static_cast<size_t>(size()));
+  transport_->all_gather(std::as_bytes(std::span(mine)), reinterpret_cast<std::byte*>(all.data()), description)->wait();
+  for (int other = 0; other < size(); ++other) {
+    const char* theirs = all.data() + kRecord * static_cast<size_t>(other);
+    NG_CHECK(std::equal(mine.begin(), mine.end(), theirs), TransportError, "rank ", rank(), " calls ", mine.data(),
+             "; rank ", other, " calls ", std::string(theirs, strnlen(theirs, kRecord)));
+  }
+  agreed_.insert(description);
+}
+
+Pending Communicator::all_gather(const TensorView& shard_tensor, const TensorView& out_tensor,
+                                 const CollectiveOptions& options) {
+  check_options(options);
+  const Elements shard = elements_of(shard_tensor, "shard"), out = elements_of(out_tensor, "out");
+  NG_CHECK(out.n == shard.n * size(), InvalidArgument, "out has ", out.n, " elements; expected ", size(), " x ",
+           shard.n);
+  const std::string operation = describe("all_gather", shard, out, options, node_size_);
+  agree(operation);
+  std::vector<Step> steps{Step::gather, Step::finish_gather};
+  if (node_size_ != 0) steps.insert(steps.begin() + 1, Step::forward);
+  return Pending(std::make_unique<Job>(Job::Setup{.steps = steps,
+                                                  .ranks = {transport_.get(), node_.get(), across_.get(), node_size_},
+                                                  .layout = equal_parts(shard.n, size(), shard.dtype, options),
+                                                  .input = shard,
+                                                  .out = out,
+                                                  .options = options,
+                                                  .operation = operation,
+                                                  .executor = executor_}));
+}
+
+Pending Communicator::reduce_scatter(const TensorView& input_tensor, const TensorView& out_tensor, Reduction reduction,
+                                     const CollectiveOptions& options) {
+  check_options(options);
+  const Elements input = elements_of(input_tensor, "input"), out = elements_of(out_tensor, "out");
+  NG_CHECK(input.n == out.n * size(), InvalidArgument, "input has ", input.n, " elements; expected ", size(), " x ",
+           out.n);
+  const std::string operation = describe(reduction_name("reduce_scatter of sums", "reduce_scatter of means", reduction),
+                                         input, out, options, node_size_);
+  agree(operation);
+  std::vector<Step> steps{Step::scatter, Step::finish_sum};
+  if (node_size_ != 0) steps = {Step::scatter_inside, Step::scatter_across, Step::finish_sum};
+  return Pending(std::make_unique<Job>(Job::Setup{.steps = steps,
+                                                  .ranks = {transport_.get(), node_.get(), across_.get(), node_size_},
+                                                  .layout = equal_parts(out.n, size(), input.dtype, options),
+                                                  .input = input,
+                                                  .out = out,
+                                                  .options = options,
+                                                  .divisor = reduction == Reduction::mean ? size() : 1,
+                                                  .operation = operation,
+                                                  .executor = executor_}));
+}
+
+Pending Communicator::all_reduce(const TensorView& input_tensor, const TensorView& out_tensor, Reduction reduction,
+                                 const CollectiveOptions& options) {
+  check_options(options);
+  const Elements input = elements_of(input_tensor, "input"), out = elements_of(out_tensor, "out");
+  NG_CHECK(input.n == out.n, InvalidArgument, "out has ", out.n, " elements; expected ", input.n);
+  const std::string operation =
+      describe(reduction_name("all_reduce of sums", "all_reduce of means", reduction), input, out, options, node_size_);
+  agree(operation);
+  std::vector<Step> steps{Step::scatter, Step::gather, Step::finish_gather};
+  if (node_size_ != 0) {
+    steps = {Step::scatter_inside, Step::scatter_across, Step::gather, Step::forward, Step::finish_gather};
+  }
+  return Pending(std::make_unique<Job>(Job::Setup{.steps = steps,
+                                                  .ranks = {transport_.get(), node_.get(), across_.get(), node_size_},
+                                                  .layout = nearly_equal_parts(input.n, size(), input.dtype, options),
+                                                  .input = input,
+                                                  .out = out,
+                                                  .options = options,
+                                                  .divisor = reduction == Reduction::mean ? size() : 1,
+                                                  .operation = operation,
+                                                  .executor = executor_}));
+}
+
+Pending Communicator::all_to_all(const TensorView& input_tensor, std::span<const int64_t> input_numels,
+                                 const TensorView& out_tensor, std::span<const int64_t> out_numels,
+                                 const CollectiveOptions& options) {
+  check_options(options);
+  const Elements input = elements_of(input_tensor, "input"), out = elements_of(out_tensor, "out");
+  const auto parts_of = [&](std::span<const int64_t> numels, int64_t n, const char* name) {
+    NG_CHECK(static_cast<int>(numels.size()) == size(), InvalidArgument, name, " has ", numels.size(),
+             " parts; expected one for each of ", size(), " ranks");
+    std::vector<Range> parts;
+    int64_t first = 0;
+    for (const int64_t numel : numels) {
+      NG_CHECK(numel >= 0 && numel <= n - first, InvalidArgument, name, " has a part of ", numel,
+               " elements; expected from 0 to the ", n - first, " that are left of ", n);
+      parts.push_back({first, numel});
+      first += numel;
+    }
+    NG_CHECK(first == n, InvalidArgument, name, " has parts of ", first, " elements; expected ", n);
+    return parts;
+  };
+  Exchange::Setup setup{.transport = transport_.get(),
+                        .sent = parts_of(input_numels, input.n, "input"),
+                        .received = parts_of(out_numels, out.n, "out"),
+                        .unit = unit_elements(options.wire),
+                        .chunks = options.chunks,
+                        .input = input,
+                        .out = out,
+                        .options = options,
+                        .operation = {},
+                        .executor = executor_};
+  // Ranks have different numbers of elements, so that all of it is cut into the same number of chunks.
+  setup.operation =
+      concat("all_to_all of ", dtype_name(input.dtype), " in ", options.wire.str(), ", ", options.chunks, " chunks");
+  agree(setup.operation);
+  return Pending(std::make_unique<Exchange>(std::move(setup)));
+}
+
+}  // namespace ng

@@ -1,0 +1,238 @@
+// Binds narrowgauge/collective.hpp and transport.hpp: transports may be Python objects.
+#include "narrowgauge/collective.hpp"
+
+#include <nanobind/operators.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <functional>
+#include <string_view>
+
+#include "bindings.hpp"
+#include "narrowgauge/error.hpp"
+#include "tensor_view.hpp"
+
+namespace ng::python {
+namespace {
+
+using namespace nb::literals;
+
+// What Python raised in a transport, as our error. pre: the GIL is held.
+[[noreturn]] void rethrow(const nb::python_error& error, std::string_view operation, int rank) {
+  const std::string message = concat(operation, " on rank ", rank, ": ", error.what());
+  if (message.find("imed out") != std::string::npos || error.matches(PyExc_TimeoutError)) throw Timeout(message);
+  throw TransportError(message);
+}
+
+nb::object memory(const std::byte* data, size_t bytes) {
+  auto* const start = reinterpret_cast<char*>(const_cast<std::byte*>(data));
+  static char nothing = 0;
+  return nb::steal(PyMemoryView_FromMemory(bytes == 0 ? &nothing : start, static_cast<Py_ssize_t>(bytes), PyBUF_WRITE));
+}
+
+// An object with wait().
+class PyTransfer : public Transfer {
+ public:
+  PyTransfer(nb::object object, std::string_view operation, int rank)
+      : object_(std::move(object)), operation_(operation), rank_(rank) {}
+  ~PyTransfer() override {
+    const nb::gil_scoped_acquire gil;
+    object_.reset();
+  }
+
+  void wait() override {
+    const nb::gil_scoped_acquire gil;
+    try {
+      object_.attr("wait")();
+    } catch (const nb::python_error& error) {
+      rethrow(error, operation_, rank_);
+    }
+  }
+
+ private:
+  nb::object object_;
+  std::string operation_;
+  int rank_;
+};
+
+// An object with rank, size, name, and
+//   all_gather(sent, received, operation), all_to_all(sent, sent_bytes, received, received_bytes, operation)
+// which take writable memoryviews and lists and return an object with wait(), and split(color).
+class PyTransport : public Transport {
+ public:
+  explicit PyTransport(nb::object object)
+      : object_(std::move(object)),
+        rank_(nb::cast<int>(object_.attr("rank"))),
+        size_(nb::cast<int>(object_.attr("size"))),
+        name_(nb::cast<std::string>(object_.attr("name"))) {}
+  ~PyTransport() override {
+    const nb::gil_scoped_acquire gil;
+    object_.reset();
+  }
+
+  int rank() const override { return rank_; }
+  int size() const override { return size_; }
+  std::string name() const override { return name_; }
+
+  std::unique_ptr<Transfer> all_gather(std::span<const std::byte> sent, std::byte* received,
+                                       std::string_view operation) override {
+    return start(operation, [&] {
+      return object_.attr("all_gather")(memory(sent.data(), sent.size()),
+                                        memory(received, sent.size() * static_cast<size_t>(size_)), text(operation));
+    });
+  }
+
+  std::unique_ptr<Transfer> all_to_all(const std::byte* sent, std::span<const int64_t> sent_bytes, std::byte* received,
+                                       std::span<const int64_t> received_bytes, std::string_view operation) override {
+    const auto list = [](std::span<const int64_t> bytes) {
+      nb::list all;
+      for (const int64_t each : bytes) all.append(each);
+      return all;
+    };
+    const auto total = [](std::span<const int64_t> bytes) {
+      size_t sum = 0;
+      for (const int64_t each : bytes) sum += static_cast<size_t>(each);
+      return sum;
+    };
+    return start(operation, [&] {
+      return object_.attr("all_to_all")(memory(sent, total(sent_bytes)), list(sent_bytes),
+                                        memory(received, total(received_bytes)), list(received_bytes), text(operation));
+    });
+  }
+
+  std::shared_ptr<Transport> split(int color) override {
+    const nb::gil_scoped_acquire gil;
+    try {
+      return std::make_shared<PyTransport>(object_.attr("split")(color));
+    } catch (const nb::python_error& error) {
+      rethrow(error, "split", rank_);
+    }
+  }
+
+ private:
+  static nb::str text(std::string_view text) { return nb::str(text.data(), text.size()); }
+
+  template <typename Call>
+  std::unique_ptr<Transfer> start(std::string_view operation, const Call& call) {
+    const nb::gil_scoped_acquire gil;
+    try {
+      return std::make_unique<PyTransfer>(call(), operation, rank_);
+    } catch (const nb::python_error& error) {
+      rethrow(error, operation, rank_);
+    }
+  }
+
+  nb::object object_;
+  int rank_;
+  int size_;
+  std::string name_;
+};
+
+constexpr const char* kWireDoc = R"(How elements travel in a collective.
+
+format: a Format with groups and no global scale, such as ``int8:g64:bf16``, or None: as they are, exactly.
+hadamard: blocks of 64 elements are multiplied by a Hadamard matrix first, which spreads outliers.
+stochastic: unbiased rounding.
+
+Immutable and hashable.)";
+
+Reduction reduction_of(std::string_view text) {
+  NG_CHECK(text == "sum" || text == "mean", InvalidArgument, "op is '", text, "', expected 'sum' or 'mean'");
+  return text == "sum" ? Reduction::sum : Reduction::mean;
+}
+
+CollectiveOptions options_of(const Wire& wire, const Wire& inside, int chunks, int64_t chunk_bytes, uint64_t seed) {
+  return {.wire = wire, .inside = inside, .chunks = chunks, .chunk_bytes = chunk_bytes, .seed = seed};
+}
+
+}  // namespace
+
+void bind_collective(nb::module_& module) {
+  nb::class_<Wire> wire(module, "Wire", nb::is_final(), kWireDoc);
+  wire.attr("__module__") = "narrowgauge";
+  const auto make = [](Wire* self, std::optional<Format> format, bool hadamard, bool stochastic) {
+    new (self) Wire{format, hadamard, stochastic};
+  };
+  wire.def("__init__", make, "format"_a = nb::none(), "hadamard"_a = false, "stochastic"_a = false)
+      .def_prop_ro("format", [](const Wire& self) { return self.format; })
+      .def_prop_ro("hadamard", [](const Wire& self) { return self.hadamard; })
+      .def_prop_ro("stochastic", [](const Wire& self) { return self.stochastic; })
+      .def("__str__", &Wire::str)
+      .def("__repr__", [](const Wire& self) { return "Wire(" + self.str() + ")"; })
+      .def(nb::self == nb::self)
+      .def("__hash__", [](const Wire& self) { return std::hash<std::string>{}(self.str()); });
+
+  // What it reads and writes is kept alive by the Python object that has it.
+  nb::class_<Pending>(module, "Pending").def("wait", &Pending::wait, nb::call_guard<nb::gil_scoped_release>());
+
+  nb::class_<Transport>(module, "Transport");
+  nb::class_<Communicator>(module, "Communicator")
+      .def_prop_ro("rank", &Communicator::rank)
+      .def_prop_ro("size", &Communicator::size)
+      .def_prop_ro("node_size", &Communicator::node_size)
+      .def_prop_ro("transport", [](const Communicator& self) { return self.transport().name(); })
+      .def(
+          "all_gather",
+          [](Communicator& self, nb::handle shard, nb::handle out, const Wire& how, const Wire& inside, int chunks,
+             int64_t chunk_bytes, uint64_t seed) {
+            const BorrowedTensor from(shard, "shard"), to(out, "out", Access::write);
+            const nb::gil_scoped_release release;
+            return self.all_gather(from.view(), to.view(), options_of(how, inside, chunks, chunk_bytes, seed));
+          },
+          "shard"_a, "out"_a, "wire"_a, "inside"_a, "chunks"_a, "chunk_bytes"_a, "seed"_a)
+      .def(
+          "reduce_scatter",
+          [](Communicator& self, nb::handle input, nb::handle out, std::string_view op, const Wire& how,
+             const Wire& inside, int chunks, int64_t chunk_bytes, uint64_t seed) {
+            const BorrowedTensor from(input, "input"), to(out, "out", Access::write);
+            const Reduction reduction = reduction_of(op);
+            const nb::gil_scoped_release release;
+            return self.reduce_scatter(from.view(), to.view(), reduction,
+                                       options_of(how, inside, chunks, chunk_bytes, seed));
+          },
+          "input"_a, "out"_a, "op"_a, "wire"_a, "inside"_a, "chunks"_a, "chunk_bytes"_a, "seed"_a)
+      .def(
+          "all_reduce",
+          [](Communicator& self, nb::handle input, nb::handle out, std::string_view op, const Wire& how,
+             const Wire& inside, int chunks, int64_t chunk_bytes, uint64_t seed) {
+            const BorrowedTensor from(input, "input"), to(out, "out", Access::write);
+            const Reduction reduction = reduction_of(op);
+            const nb::gil_scoped_release release;
+            return self.all_reduce(from.view(), to.view(), reduction,
+                                   options_of(how, inside, chunks, chunk_bytes, seed));
+          },
+          "input"_a, "out"_a, "op"_a, "wire"_a, "inside"_a, "chunks"_a, "chunk_bytes"_a, "seed"_a)
+      .def(
+          "all_to_all",
+          [](Communicator& self, nb::handle input, const std::vector<int64_t>& input_numels, nb::handle out,
+             const std::vector<int64_t>& out_numels, const Wire& how, int chunks, int64_t chunk_bytes, uint64_t seed) {
+            const BorrowedTensor from(input, "input"), to(out, "out", Access::write);
+            const nb::gil_scoped_release release;
+            return self.all_to_all(from.view(), input_numels, to.view(), out_numels,
+                                   options_of(how, {}, chunks, chunk_bytes, seed));
+          },
+          "input"_a, "input_numels"_a, "out"_a, "out_numels"_a, "wire"_a, "chunks"_a, "chunk_bytes"_a, "seed"_a);
+
+  module.def(
+      "communicator",
+      [](nb::object transport, int node_size) {
+        std::shared_ptr<Transport> native;
+        if (!nb::try_cast(transport, native)) native = std::make_shared<PyTransport>(std::move(transport));
+        const nb::gil_scoped_release release;
+        return Communicator(std::move(native), node_size);
+      },
+      "transport"_a, "node_size"_a);
+  module.def(
+      "in_process_transports",
+      [](int size, double timeout) {
+        constexpr double kMost = 1e9;
+        NG_CHECK(timeout > 0 && timeout <= kMost, InvalidArgument, "timeout is ", timeout,
+                 " s, expected more than 0 and at most ", kMost);
+        return in_process_transports(size, std::chrono::milliseconds(static_cast<int64_t>(timeout * 1000)));
+      },
+      "size"_a, "timeout"_a);
+}
+
+}  // namespace ng::python

@@ -1,0 +1,201 @@
+"""Collectives with narrow numbers on the wire, over torch.distributed, or between threads of one process.
+
+>>> comm = ng.Communicator.from_torch()
+>>> comm.all_reduce(gradient, "int8:g64:bf16", op="mean", out=gradient)
+
+Values are quantised as they leave a rank and added up in fp32 in the order of the ranks, so that every rank that gets a
+result gets the same bits, every time. A NaN or an infinity arrives as NaN.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Generic, TypeVar
+
+from narrowgauge import _arrays, _native
+from narrowgauge._arrays import Array
+from narrowgauge._native import Format, Wire
+
+WireLike = Wire | Format | str | None
+Result = TypeVar("Result")
+
+CHUNKS = 8
+CHUNK_BYTES = 1 << 18
+
+
+def as_wire(wire: WireLike) -> Wire:
+    """A Wire as it is; a Format, or its name, as a Wire of it; None: elements travel as they are."""
+    if isinstance(wire, Wire):
+        return wire
+    return Wire(None if wire is None else Format(wire))
+
+
+class Pending(Generic[Result]):
+    """A collective that was started: wait() returns its result. Ranks wait in the order in which they started.
+
+    It keeps its tensors alive; they must not be written before wait() has returned.
+    """
+
+    def __init__(self, pending: _native.Pending, result: Result, tensors: tuple[Array, ...]) -> None:
+        self._pending, self._result, self._tensors = pending, result, tensors
+
+    def wait(self) -> Result:
+        """TransportError if ranks do not agree or one has gone; TimeoutError if one does not come in time."""
+        self._pending.wait()
+        self._tensors = ()
+        return self._result
+
+
+class Communicator:
+    """The ranks that take part in collectives, and their nodes.
+
+    Made by from_torch or in_process. Tensors are dense float32, float16 or bfloat16 torch tensors or numpy arrays on
+    the host, of any shape. `wire` says how elements travel: a Wire, a Format or its name, None for as they are. With
+    nodes, `wire` is between them and `inside` within one. All ranks call the same collectives in the same order. A
+    Communicator is used by one thread at a time.
+
+    Every collective takes `async_op`: False waits and returns the result, True returns a Pending; and `chunks` and
+    `chunk_bytes`: so many, of at least so many bytes of elements, are on the wire while others are coded.
+    """
+
+    def __init__(self, native: _native.Communicator) -> None:
+        self._native = native
+
+    @classmethod
+    def from_torch(cls, group: Any = None, node_size: int = 0) -> Communicator:
+        """The ranks of a torch.distributed process group (None: the default one), whose backend carries the bytes.
+
+        node_size: ranks [0, node_size) of it are the first node, and so on; 0: no nodes. ValueError if it does not
+        divide their number; ImportError without torch. A collective call. The group's timeout is that of collectives.
+        """
+        from narrowgauge._torch_transport import TorchTransport
+
+        _arrays.library("torch")
+        return cls(_native.communicator(TorchTransport(group), node_size))
+
+    @classmethod
+    def in_process(cls, size: int, *, timeout: float = 300) -> list[Communicator]:
+        """Ranks of this process without nodes, for tests and teaching: each is for a thread of its own."""
+        return [cls(_native.communicator(transport, 0)) for transport in _native.in_process_transports(size, timeout)]
+
+    @property
+    def rank(self) -> int:
+        return self._native.rank
+
+    @property
+    def size(self) -> int:
+        return self._native.size
+
+    @property
+    def node_size(self) -> int:
+        """Ranks of a node; 0 if there is but one level."""
+        return self._native.node_size
+
+    def __repr__(self) -> str:
+        nodes = f", nodes of {self.node_size}" if self.node_size else ""
+        return f"Communicator(rank {self.rank} of {self.size}{nodes}, {self._native.transport})"
+
+    def all_gather(
+        self,
+        shard: Array,
+        wire: WireLike = None,
+        *,
+        out: Array | None = None,
+        inside: WireLike = None,
+        seed: int = 0,
+        async_op: bool = False,
+        chunks: int = CHUNKS,
+        chunk_bytes: int = CHUNK_BYTES,
+    ) -> Any:
+        """The shards of all ranks, one behind the other along the first axis, in `out` or a new array of its dtype.
+
+        What comes from another node has travelled by `wire` too when it goes on, so `inside` is not used.
+        """
+        arrays = _arrays.library_of(shard, "shard")
+        if out is None:
+            first, rest = (shard.shape[0], shard.shape[1:]) if shard.ndim else (1, ())
+            out = arrays.empty((self.size * first, *rest), _name(shard))
+        pending = self._native.all_gather(
+            _borrowed(shard), _borrowed(out), as_wire(wire), as_wire(inside), chunks, chunk_bytes, seed
+        )
+        return _result(pending, out, (shard, out), async_op)
+
+    def reduce_scatter(
+        self,
+        input: Array,
+        wire: WireLike = None,
+        *,
+        op: str = "sum",
+        out: Array | None = None,
+        inside: WireLike = None,
+        seed: int = 0,
+        async_op: bool = False,
+        chunks: int = CHUNKS,
+        chunk_bytes: int = CHUNK_BYTES,
+    ) -> Any:
+        """This rank's part of the sum or "mean" of all inputs: of `size` equal parts along the first axis, its own.
+
+        ValueError if the first axis has no `size` parts and no `out` is given.
+        """
+        arrays = _arrays.library_of(input, "input")
+        if out is None:
+            if not input.ndim or input.shape[0] % self.size:
+                raise ValueError(f"input has shape {list(input.shape)}, expected a first axis that {self.size} divides")
+            out = arrays.empty((input.shape[0] // self.size, *input.shape[1:]), _name(input))
+        pending = self._native.reduce_scatter(
+            _borrowed(input), _borrowed(out), op, as_wire(wire), as_wire(inside), chunks, chunk_bytes, seed
+        )
+        return _result(pending, out, (input, out), async_op)
+
+    def all_reduce(
+        self,
+        input: Array,
+        wire: WireLike = None,
+        *,
+        op: str = "sum",
+        out: Array | None = None,
+        inside: WireLike = None,
+        seed: int = 0,
+        async_op: bool = False,
+        chunks: int = CHUNKS,
+        chunk_bytes: int = CHUNK_BYTES,
+    ) -> Any:
+        """The sum or "mean" of all inputs, the same bits on all ranks. `out` may be `input`. All is rounded twice."""
+        arrays = _arrays.library_of(input, "input")
+        if out is None:
+            out = arrays.empty(tuple(input.shape), _name(input))
+        pending = self._native.all_reduce(
+            _borrowed(input), _borrowed(out), op, as_wire(wire), as_wire(inside), chunks, chunk_bytes, seed
+        )
+        return _result(pending, out, (input, out), async_op)
+
+    def all_to_all(
+        self,
+        input: Array,
+        input_numels: list[int],
+        out: Array,
+        out_numels: list[int],
+        wire: WireLike = None,
+        *,
+        seed: int = 0,
+        async_op: bool = False,
+        chunks: int = CHUNKS,
+        chunk_bytes: int = CHUNK_BYTES,
+    ) -> Any:
+        """Sends input_numels[i] elements, in their order, to each rank i; out_numels[i] come from it, into `out`."""
+        pending = self._native.all_to_all(
+            _borrowed(input), input_numels, _borrowed(out), out_numels, as_wire(wire), chunks, chunk_bytes, seed
+        )
+        return _result(pending, out, (input, out), async_op)
+
+
+def _borrowed(array: Array) -> Array:
+    return array.detach() if _arrays.is_torch(array) else array
+
+
+def _name(array: Array) -> str:
+    return str(array.dtype).removeprefix("torch.")
+
+
+def _result(pending: _native.Pending, out: Array, tensors: tuple[Array, ...], async_op: bool) -> Any:
+    handle = Pending(pending, out, tensors)
+    return handle if async_op else handle.wait()

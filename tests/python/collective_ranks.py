@@ -1,0 +1,157 @@
+"""What ranks of torch.distributed do in test_collective.py: python collective_ranks.py JOB RANK SIZE STORE."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+
+import narrowgauge as ng
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+
+def tensor(rank: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(rank))
+
+
+def collectives(rank: int, size: int) -> None:
+    comm = ng.Communicator.from_torch()
+    assert (comm.rank, comm.size) == (rank, size)
+    inputs = [tensor(peer, 6, 1000) for peer in range(size)]
+    wire = "int8:g64:bf16"
+    for dtype, tolerance in ((torch.float32, 0.03), (torch.bfloat16, 0.06)):
+        mine = inputs[rank].to(dtype)
+        options = {"chunk_bytes": 1000}
+        gathered = comm.all_gather(mine, wire, **options)
+        assert gathered.dtype == dtype
+        torch.testing.assert_close(gathered.float(), torch.cat(inputs), rtol=0, atol=tolerance)
+        part = comm.reduce_scatter(mine, wire, op="mean", **options)
+        mean = sum(inputs) / size
+        torch.testing.assert_close(part.float(), mean.chunk(size)[rank], rtol=0, atol=tolerance)
+        everything = comm.all_reduce(mine, wire, op="mean", **options)
+        torch.testing.assert_close(everything.float(), mean, rtol=0, atol=tolerance)
+        copies = [torch.empty_like(everything) for _ in range(size)]
+        dist.all_gather(copies, everything)
+        assert all(torch.equal(copy, everything) for copy in copies)
+    # The bits are those of ranks within a process.
+    again = comm.all_reduce(inputs[rank], wire, op="mean", chunks=1)
+    torch.testing.assert_close(again, comm.all_reduce(inputs[rank], wire, op="mean", chunk_bytes=1000), rtol=0, atol=0)
+    assert comm.all_gather(torch.empty(0)).shape == (0,)
+    pieces = [index + 1 for index in range(size)]
+    received = torch.empty(size * pieces[rank])
+    comm.all_to_all(torch.full((sum(pieces),), float(rank)), pieces, received, [pieces[rank]] * size)
+    assert received.tolist() == [float(peer) for peer in range(size) for _ in range(pieces[rank])]
+    try:
+        comm.all_reduce(torch.zeros(10 + rank))
+    except ng.TransportError as error:
+        assert f"of {10 + rank} float32" in str(error), error
+    else:
+        raise AssertionError("a mismatch was not seen")
+
+
+def nodes(rank: int, size: int) -> None:
+    comm = ng.Communicator.from_torch(node_size=2)
+    assert comm.node_size == 2
+    inputs = [tensor(peer, 4, 500) for peer in range(size)]
+    options = {"wire": "int8:g64:bf16", "inside": "int8:g64:bf16"}
+    part = comm.reduce_scatter(inputs[rank], op="mean", **options)
+    torch.testing.assert_close(part, (sum(inputs) / size).chunk(size)[rank], rtol=0, atol=0.03)
+    everything = comm.all_reduce(inputs[rank], **options)
+    torch.testing.assert_close(everything, sum(inputs), rtol=0, atol=0.2)
+    gathered = comm.all_gather(inputs[rank], **options)
+    torch.testing.assert_close(gathered, torch.cat(inputs), rtol=0, atol=0.03)
+
+
+def ddp(rank: int, size: int) -> None:
+    losses = {}
+    for name in ("exact", "int8:g64:bf16"):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(20, 50), torch.nn.ReLU(), torch.nn.Linear(50, 1))
+        replica = DistributedDataParallel(model)
+        if name != "exact":
+            replica.register_comm_hook(*ng.ddp.hook(name))
+        optimizer = torch.optim.SGD(replica.parameters(), lr=0.05)
+        x = tensor(rank, 64, 20)
+        y = x.sum(1, keepdim=True)
+        for _ in range(30):
+            optimizer.zero_grad()
+            loss = torch.nn.functional.mse_loss(replica(x), y)
+            loss.backward()
+            optimizer.step()
+        losses[name] = loss.item()
+        for parameter in model.parameters():
+            copies = [torch.empty_like(parameter) for _ in range(size)]
+            dist.all_gather(copies, parameter.detach())
+            assert all(torch.equal(copy, parameter) for copy in copies)
+    first, second = losses.values()
+    assert abs(first - second) < 0.05 * first, losses
+
+
+def fsdp(rank: int, size: int) -> None:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    target = tensor(99, 20, 4)
+    losses, norms = {}, {}
+    for name, options in {
+        "torch": None,
+        "narrow": {"weights": "int8:g64:bf16", "gradients": "int8:g64:bf16"},
+        "nodes": {"gradients": ("int8:g64:bf16", ng.Wire(ng.Format("int4:g64:bf16"), hadamard=True)), "node_size": 2},
+    }.items():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            *[torch.nn.Sequential(torch.nn.Linear(20, 50), torch.nn.Tanh(), torch.nn.Linear(50, 20)) for _ in range(2)],
+            torch.nn.Linear(20, 4),
+        )
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for block in model:
+            fully_shard(block, mp_policy=policy)
+        fully_shard(model, mp_policy=policy)
+        if options is not None:
+            ng.fsdp.apply(model, **options)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+        generator = torch.Generator().manual_seed(rank)
+        for step in range(40):
+            x = torch.randn(64, 20, generator=generator)
+            loss = torch.nn.functional.cross_entropy(model(x).float(), (x @ target).argmax(1))
+            loss.backward()
+            if step % 2:  # gradients of two steps are added up
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0).full_tensor()
+                norms.setdefault(name, norm.item())
+                optimizer.step()
+                optimizer.zero_grad()
+        dist.all_reduce(loss)
+        losses[name] = loss.item() / size
+    for name in ("narrow", "nodes"):
+        assert abs(norms[name] - norms["torch"]) < 0.03 * norms["torch"], norms
+        assert abs(losses[name] - losses["torch"]) < 0.1 * losses["torch"], losses
+    try:
+        ng.fsdp.apply(torch.nn.Linear(2, 2), weights="int8:g64:bf16")
+    except ValueError as error:
+        assert "no FSDPModule" in str(error)
+    else:
+        raise AssertionError("a model without FSDP was taken")
+
+
+def dies(rank: int, size: int) -> None:
+    comm = ng.Communicator.from_torch()
+    comm.all_reduce(torch.ones(100), "int8:g64:bf16")
+    if rank == 1:
+        os._exit(0)
+    try:
+        comm.all_reduce(torch.ones(100), "int8:g64:bf16")
+    except (ng.TransportError, TimeoutError) as error:
+        assert "all_reduce" in str(error) and "rank 0" in str(error), error
+        os._exit(0)  # the group cannot be left in order
+    raise AssertionError("a dead rank was not seen")
+
+
+if __name__ == "__main__":
+    job, rank, size, store = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=datetime.timedelta(seconds=60)
+    )
+    globals()[job](rank, size)
+    dist.destroy_process_group()

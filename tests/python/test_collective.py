@@ -1,0 +1,168 @@
+"""Communicator in Python: ranks of this process, and of torch.distributed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import narrowgauge as ng
+import numpy as np
+import pytest
+
+
+def run_threads(size: int, body: Callable[[ng.Communicator], Any], **options: Any) -> list[Any]:
+    """What body returned, or raised, on every rank."""
+    results: list[Any] = [None] * size
+
+    def run(comm: ng.Communicator) -> None:
+        try:
+            results[comm.rank] = body(comm)
+        except Exception as error:
+            results[comm.rank] = error
+
+    threads = [threading.Thread(target=run, args=(comm,)) for comm in ng.Communicator.in_process(size, **options)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def run_processes(job: str, size: int, folder: Path) -> None:
+    """Runs a job of collective_ranks.py as every rank of a gloo process group."""
+    command = [sys.executable, str(Path(__file__).with_name("collective_ranks.py")), job]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(size), str(folder / job)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    for rank, (process, output) in enumerate(zip(processes, outputs, strict=True)):
+        assert process.returncode == 0, f"rank {rank}: {output}"
+
+
+def values(rank: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(rank).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_collectives_within_a_process(library: str) -> None:
+    torch = pytest.importorskip("torch") if library == "torch" else None
+    wire = "int8:g64:bf16"
+
+    def array(data: np.ndarray) -> Any:
+        return torch.from_numpy(data) if torch else data
+
+    def body(comm: ng.Communicator) -> list[np.ndarray]:
+        mine = array(values(comm.rank, 6, 100))
+        gathered = comm.all_gather(mine, wire)
+        part = comm.reduce_scatter(mine, wire, op="mean")
+        everything = comm.all_reduce(mine, wire)
+        assert comm.all_reduce(mine, wire, out=mine) is mine
+        assert type(gathered) is type(mine)
+        return [np.asarray(result) for result in (gathered, part, everything, mine)]
+
+    inputs = [values(rank, 6, 100) for rank in range(3)]
+    for rank, (gathered, part, everything, in_place) in enumerate(run_threads(3, body)):
+        assert gathered.shape == (18, 100) and part.shape == (2, 100) and everything.shape == (6, 100)
+        np.testing.assert_allclose(gathered, np.concatenate(inputs), atol=0.02)
+        np.testing.assert_allclose(part, np.mean(inputs, axis=0)[2 * rank : 2 * rank + 2], atol=0.02)
+        np.testing.assert_allclose(everything, np.sum(inputs, axis=0), atol=0.1)
+        np.testing.assert_array_equal(in_place, everything)
+
+
+def test_what_arrives_is_what_quantize_gives() -> None:
+    wire = ng.Wire(ng.Format("int4:g64:fp16"))
+    expected = ng.quantize(values(0, 1, 1000), ng.Format("int4:g64:fp16")).dequantize("float32")
+    for result in run_threads(2, lambda comm: comm.all_gather(values(comm.rank, 1, 1000), wire)):
+        np.testing.assert_array_equal(result[:1], expected)
+
+
+def test_exact_and_asynchronous() -> None:
+    def body(comm: ng.Communicator) -> Any:
+        pending = [comm.all_reduce(np.full(10, comm.rank + i, np.float32), async_op=True) for i in range(3)]
+        return [handle.wait()[0] for handle in pending]
+
+    assert run_threads(2, body) == [[1, 3, 5], [1, 3, 5]]
+
+
+def test_all_to_all() -> None:
+    def body(comm: ng.Communicator) -> np.ndarray:
+        sent = np.arange(4, dtype=np.float32) + 10 * comm.rank
+        received = np.empty(2 if comm.rank == 0 else 6, np.float32)
+        counts = [1, 1] if comm.rank == 0 else [3, 3]
+        return comm.all_to_all(sent, [1, 3], received, counts)
+
+    first, second = run_threads(2, body)
+    np.testing.assert_array_equal(first, [0, 10])
+    np.testing.assert_array_equal(second, [1, 2, 3, 11, 12, 13])
+
+
+def test_errors_name_what_is_wrong() -> None:
+    wrong: list[tuple[type[Exception], str, Callable[[ng.Communicator], Any]]] = [
+        (ValueError, "expected one with groups", lambda comm: comm.all_gather(values(0, 4), "int8")),
+        (ValueError, "without a global scale", lambda comm: comm.all_gather(values(0, 4), ng.nvfp4)),
+        (ValueError, "op is 'max', expected 'sum' or 'mean'", lambda comm: comm.all_reduce(values(0, 4), op="max")),
+        (ValueError, "expected a first axis that 2 divides", lambda comm: comm.reduce_scatter(values(0, 3))),
+        (ValueError, "out has 3 elements; expected 4", lambda comm: comm.all_reduce(values(0, 4), out=values(0, 3))),
+        (ValueError, "shard is int64", lambda comm: comm.all_gather(np.zeros(4, np.int64))),
+        (TypeError, "input is a list", lambda comm: comm.all_reduce([1.0])),
+    ]
+    for kind, message, call in wrong:
+        for error in run_threads(2, call):
+            assert isinstance(error, kind) and message in str(error), error
+
+
+def test_ranks_that_disagree_or_stay_away() -> None:
+    for error in run_threads(2, lambda comm: comm.all_reduce(values(0, 4 + comm.rank))):
+        assert isinstance(error, ng.TransportError)
+        assert "of 4 float32" in str(error) and "of 5 float32" in str(error)
+    late = run_threads(2, lambda comm: time.sleep(1) if comm.rank else comm.all_reduce(values(0, 4)), timeout=0.1)
+    assert isinstance(late[0], TimeoutError) and "rank 1 did not come within 100 ms" in str(late[0])
+    with pytest.raises(ValueError, match="timeout is 0"):
+        ng.Communicator.in_process(2, timeout=0)
+    with pytest.raises(ValueError, match="0 ranks"):
+        ng.Communicator.in_process(0)
+
+
+def test_wire() -> None:
+    wire = ng.Wire(ng.int4, hadamard=True)
+    assert str(wire) == "int4:g64:fp16+hadamard" and wire == ng.Wire(ng.Format("int4"), True)
+    assert wire != ng.Wire(ng.int4) and hash(wire) == hash(ng.Wire(ng.int4, True))
+    assert str(ng.Wire()) == "exact"
+
+
+def test_over_torch_distributed(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    run_processes("collectives", 3, tmp_path)
+    run_processes("nodes", 4, tmp_path)
+
+
+def test_ddp_hook(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    run_processes("ddp", 2, tmp_path)
+
+
+def test_fsdp(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    run_processes("fsdp", 4, tmp_path)
+
+
+def test_a_rank_that_dies_is_an_error_in_time(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    run_processes("dies", 2, tmp_path)
+
+
+def test_no_process_group() -> None:
+    pytest.importorskip("torch")
+    with pytest.raises(ValueError, match="init_process_group"):
+        ng.Communicator.from_torch()
