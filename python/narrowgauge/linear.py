@@ -63,7 +63,7 @@ def _linear(x: Array, q: QTensor, bias: Array | None) -> Array:
         raise TypeError(f"q is a {type(q).__name__}, expected a QTensor")
     for name, array in (("x", x), ("bias", bias)):
         if array is not None and (device := _device(array, name)) not in (q.device, "meta"):
-            raise ValueError(f"{name} is on device {device}, expected {q.device}, where q is; q.pack() can move it")
+            raise ValueError(f"{name} is on device {device}, expected {q.device}, where q is; q.pack(device) moves it")
     if not q.is_packed:
         warnings.warn(
             "linear packs a canonical QTensor anew at every call; call q.pack() once", PerformanceWarning, stacklevel=3

@@ -158,6 +158,36 @@ assert np.array_equal(np.from_dlpack(y.to("cpu")), np.full((1, 64), 4096, np.flo
 
 
 @pytest.mark.usefixtures("kernels")
+def test_two_gpus() -> None:
+    if "LD_LIBRARY_PATH" not in os.environ:
+        pytest.skip("the number of devices is the simulated driver's to choose")
+    code = """
+import numpy as np, narrowgauge as ng
+if ng.cuda.device_count() != 2:
+    raise SystemExit(77)
+x = ng.Tensor.from_dlpack(np.ones((2, 64), np.float16))
+q = ng.quantize(np.ones((16, 64), np.float32), ng.int8).pack("cuda:1")
+assert q.packed.device == q.codes.device == q.device == "cuda:1"
+for device, other in (("cuda:1", "cuda:0"), ("cuda:0", "cuda:1")):
+    assert q.pack(device) is q and q.device == device
+    y = ng.linear(x.to(device), q)
+    assert y.device == device and np.array_equal(np.from_dlpack(y.to("cpu")), np.full((2, 16), 64, np.float16))
+    try:
+        ng.linear(x.to(other), q)
+    except ValueError as error:
+        assert f"x is on device {other}, expected {device}" in str(error), error
+    else:
+        raise AssertionError("no error")
+    assert np.array_equal(np.from_dlpack(q.to(other).codes.to("cpu")), np.full((16, 64), 127, np.uint8))
+"""
+    environment = {**os.environ, "SIMGPU_DEVICES": "2"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
+    if done.returncode == 77:
+        pytest.skip("there is one GPU")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.usefixtures("kernels")
 def test_other_libraries_cross_by_dlpack() -> None:
     class Foreign:
         """An array of a library that narrowgauge does not know, as CuPy is."""
