@@ -32,7 +32,6 @@ class PackedMatrix {
   PackedView view(const BorrowedTensor& borrowed) const { return {format_, rows_, cols_, check(borrowed)}; }
 
   const nb::object& array() const noexcept { return array_; }
-  size_t bytes() const noexcept { return static_cast<size_t>(bytes_); }
   const Format& format() const noexcept { return format_; }
   int64_t rows() const noexcept { return rows_; }
   int64_t cols() const noexcept { return cols_; }

@@ -6,7 +6,6 @@
 #include <optional>
 
 #include "bindings.hpp"
-#include "narrowgauge/memory.hpp"
 #include "packed.hpp"
 
 namespace ng::python {
@@ -99,42 +98,36 @@ void dequantize_into(const Format& format, int64_t rows, int64_t cols, nb::handl
   }
 }
 
-// For the device that `packed` is on; a GPU's block is made on the host and copied, which is waited for.
+// All on one device.
 PackedMatrix pack_into(const Format& format, int64_t rows, int64_t cols, nb::handle codes, nb::handle scales,
                        nb::handle zeros, nb::handle global_scale, nb::object packed) {
-  const BorrowedCanonical matrix(format, rows, cols, codes, scales, zeros, global_scale, Access::read);
+  const BorrowedCanonical matrix(format, rows, cols, codes, scales, zeros, global_scale, Access::read, Where::anywhere);
   PackedMatrix result(packed, format, rows, cols);
   const BorrowedTensor output(packed, "packed", Access::write, Where::anywhere);
+  require_device(output, matrix.device(), "packed");
   auto* data = const_cast<uint8_t*>(result.view(output).data);
   const nb::gil_scoped_release release;
-  if (output.device().is_cpu()) {
+  if (matrix.device().is_cpu()) {
     pack(matrix.view(), data, default_executor());
   } else {
-    Buffer block(result.bytes());
-    pack_cuda(matrix.view(), reinterpret_cast<uint8_t*>(block.data()), default_executor());
-    copy(data, block.data(), block.size(), output.stream());
-    output.stream().synchronize();
+    pack_cuda(matrix.view(), data, matrix.stream());
   }
   return result;
 }
 
-// Into arrays on the host, from whatever device.
 void unpack_into(const PackedMatrix& matrix, nb::handle codes, nb::handle scales, nb::handle zeros,
                  nb::handle global_scale) {
   const BorrowedTensor packed(matrix.array(), "packed", Access::read, Where::anywhere);
   const BorrowedCanonical out(matrix.format(), matrix.rows(), matrix.cols(), codes, scales, zeros, global_scale,
-                              Access::write);
-  PackedView view = matrix.view(packed);
+                              Access::write, Where::anywhere);
+  require_device(packed, out.device(), "packed");
+  const PackedView view = matrix.view(packed);
   const nb::gil_scoped_release release;
-  if (packed.device().is_cpu()) {
+  if (out.device().is_cpu()) {
     unpack(view, out.view(), default_executor());
-    return;
+  } else {
+    unpack_cuda(view, out.view(), out.stream());
   }
-  Buffer block(matrix.bytes());
-  copy(block.data(), view.data, block.size(), packed.stream());
-  packed.stream().synchronize();
-  view.data = reinterpret_cast<const uint8_t*>(block.data());
-  unpack_cuda(view, out.view(), default_executor());
 }
 
 void gather_rows_into(const PackedMatrix& matrix, nb::handle indices, nb::handle out) {

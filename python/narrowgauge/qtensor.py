@@ -122,15 +122,15 @@ class QTensor:
 
     def canonical(self) -> Canonical:
         """The canonical arrays, on the matrix's device; new ones, unpacked bit for bit, if it is packed."""
-        q = self._unpacked().to(self.device)
+        q = self._unpacked()
         assert q._canonical is not None
         return q._canonical
 
     def _unpacked(self) -> QTensor:
-        """The matrix, canonical: itself, or a copy on the host, which alone packs and unpacks."""
+        """The matrix, canonical: itself, or a copy."""
         if self._matrix is None:
             return self
-        q = QTensor(self.format, self.shape, self._arrays.on("cpu"))
+        q = QTensor(self.format, self.shape, self._arrays)
         canonical = q._new_canonical()
         _native.unpack(self._matrix, *q._borrow(canonical))
         q._canonical = canonical
@@ -190,18 +190,17 @@ class QTensor:
     def pack(self, device: str | None = None) -> QTensor:
         """Packs in place for "cpu", "cuda" or "cuda:1", by default the device that it is on, and returns self.
 
-        The matrix moves there, whatever form it is in elsewhere, and what it had before is let go. Packing is the
-        host's work, and the call waits for the copy to a GPU. CudaError if no GPU can be used, or none by torch.
+        The matrix moves there, whatever form it is in elsewhere, and what it had before is let go. On a GPU packing is
+        work of its current stream, and nothing waits for it. CudaError if no GPU can be used, or none by torch.
         """
         device = self.device if device is None else _native.device_name(device)
         if self._matrix is None or device != self.device:
-            arrays = self._arrays.on(device)
-            q = self._unpacked().to("cpu")
-            self._set_packed(q._pack_new(q._borrow(q.canonical()), arrays))
+            q = self._unpacked().to(device)
+            self._set_packed(q._pack_new(q._borrow(q.canonical()), q._arrays))
         return self
 
     def _pack_new(self, canonical: tuple[Any, Any, Any | None, Any | None], arrays: Arrays) -> _native.PackedMatrix:
-        """For the device of `arrays`. pre: the canonical ones are on the host."""
+        """pre: the canonical arrays are on the device of `arrays`."""
         block = arrays.block(_native.packed_bytes(self.format, self.rows, self.cols, arrays.device))
         return _native.pack(self.format, self.rows, self.cols, *canonical, block)
 
@@ -221,7 +220,7 @@ class QTensor:
         if (self.format, self.shape) != (other.format, other.shape):
             raise ValueError(f"the other is {other.format} {other.shape}, expected {self.format} {self.shape}")
         if self._matrix is not None:
-            q = other._unpacked().to("cpu")
+            q = other._unpacked().to(self.device)
             _native.pack(self.format, self.rows, self.cols, *q._borrow(q.canonical()), self.packed)
             return
         for mine, its in zip(self.canonical(), other.to(self.device).canonical(), strict=True):
@@ -229,10 +228,7 @@ class QTensor:
                 self._arrays.assign(mine, its)
 
     def dequantize(self, dtype: Any = "float32") -> Array:
-        """The weights [*shape] in `dtype`: float32, float16 or bfloat16, as a name or the array library's dtype.
-
-        What is packed on a GPU passes through the host.
-        """
+        """The weights [*shape] in `dtype`: float32, float16 or bfloat16, as a name or the array library's dtype."""
         name = self._arrays.dtype_name(dtype)
         via = name if name != "bfloat16" or self._arrays.has_bfloat16 else "float32"
         out = self._arrays.empty((self.rows, self.cols), via)
