@@ -5,6 +5,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/string_view.h>
 #include <nanobind/stl/vector.h>
 
 #include <functional>
@@ -26,10 +27,12 @@ using namespace nb::literals;
   throw TransportError(message);
 }
 
+// Writable, or else torch warns.
 nb::object memory(const std::byte* data, size_t bytes) {
+  constexpr int kWrite = 0x200;  // PyBUF_WRITE, which the headers of the stable ABI have from 3.11 on
   auto* const start = reinterpret_cast<char*>(const_cast<std::byte*>(data));
   static char nothing = 0;
-  return nb::steal(PyMemoryView_FromMemory(bytes == 0 ? &nothing : start, static_cast<Py_ssize_t>(bytes), PyBUF_WRITE));
+  return nb::steal(PyMemoryView_FromMemory(bytes == 0 ? &nothing : start, static_cast<Py_ssize_t>(bytes), kWrite));
 }
 
 // An object with wait().

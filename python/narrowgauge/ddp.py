@@ -4,12 +4,12 @@
 >>> ddp.register_comm_hook(*ng.ddp.hook("int8:g64:bf16"))
 """
 
-from __future__ import annotations
-
+# DDP compares a hook's annotations with types, so they are not left as text here.
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from narrowgauge.collective import Communicator, WireLike, as_wire
 
@@ -35,7 +35,7 @@ def hook(
     return State(Communicator.from_torch(group, node_size), wire, inside), _reduce
 
 
-def _reduce(state: State, bucket: Any) -> torch.futures.Future[torch.Tensor]:
+def _reduce(state: State, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
     gradients = bucket.buffer()
     state.communicator.all_reduce(
         gradients, state.wire, op="mean", out=gradients, inside=state.inside, seed=state.calls
