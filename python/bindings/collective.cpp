@@ -186,6 +186,26 @@ void bind_collective(nb::module_& module) {
           },
           "shard"_a, "out"_a, "wire"_a, "inside"_a, "chunks"_a, "chunk_bytes"_a, "seed"_a)
       .def(
+          "all_gather_codes",
+          [](Communicator& self, nb::handle shard, nb::handle codes, nb::handle scales, nb::handle zeros, int64_t rows,
+             int64_t cols, const Wire& how, const Wire& inside, int chunks, int64_t chunk_bytes, uint64_t seed) {
+            NG_CHECK(how.format.has_value(), InvalidArgument,
+                     "the wire is exact; expected a Format, which a QTensor has");
+            const CanonicalBytes bytes = canonical_bytes(*how.format, rows, cols);
+            const BorrowedTensor from(shard, "shard");
+            const BorrowedTensor code(codes, "codes", Access::write), scale(scales, "scales", Access::write);
+            CanonicalView out{.format = *how.format, .rows = rows, .cols = cols};
+            out.codes = dense_bytes(code.view(), "codes", bytes.codes);
+            out.scales = dense_bytes(scale.view(), "scales", bytes.scales);
+            if (how.format->element.has_zero_point()) {
+              out.zeros = dense_bytes(BorrowedTensor(zeros, "zeros", Access::write).view(), "zeros", bytes.zeros);
+            }
+            const nb::gil_scoped_release release;
+            return self.all_gather(from.view(), out, options_of(how, inside, chunks, chunk_bytes, seed));
+          },
+          "shard"_a, "codes"_a, "scales"_a, "zeros"_a.none(), "rows"_a, "cols"_a, "wire"_a, "inside"_a, "chunks"_a,
+          "chunk_bytes"_a, "seed"_a)
+      .def(
           "reduce_scatter",
           [](Communicator& self, nb::handle input, nb::handle out, std::string_view op, const Wire& how,
              const Wire& inside, int chunks, int64_t chunk_bytes, uint64_t seed) {

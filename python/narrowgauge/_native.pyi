@@ -114,6 +114,20 @@ class Communicator:
     def all_gather(
         self, shard: Any, out: Any, wire: Wire, inside: Wire, chunks: int, chunk_bytes: int, seed: int
     ) -> Pending: ...
+    def all_gather_codes(
+        self,
+        shard: Any,
+        codes: Any,
+        scales: Any,
+        zeros: Any | None,
+        rows: int,
+        cols: int,
+        wire: Wire,
+        inside: Wire,
+        chunks: int,
+        chunk_bytes: int,
+        seed: int,
+    ) -> Pending: ...
     def reduce_scatter(
         self, input: Any, out: Any, op: str, wire: Wire, inside: Wire, chunks: int, chunk_bytes: int, seed: int
     ) -> Pending: ...

@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 from narrowgauge import _arrays, _native
 from narrowgauge._arrays import Array
 from narrowgauge._native import Format, Wire
+from narrowgauge.qtensor import QTensor
 
 WireLike = Wire | Format | str | None
 Result = TypeVar("Result")
@@ -119,6 +120,35 @@ class Communicator:
         )
         return _result(pending, out, (shard, out), async_op)
 
+    def all_gather_qtensor(
+        self,
+        shard: Array,
+        wire: WireLike,
+        *,
+        seed: int = 0,
+        async_op: bool = False,
+        chunks: int = CHUNKS,
+        chunk_bytes: int = CHUNK_BYTES,
+    ) -> Any:
+        """The rows of all ranks' shards [rows, cols] as they travelled: a canonical QTensor [size * rows, cols].
+
+        linear multiplies with it, so that weights which are gathered narrow are never made wide. The same codes as
+        quantize() gives for all rows. ValueError unless rows are whole groups, for an exact wire and for hadamard.
+        """
+        wire = as_wire(wire)
+        if wire.format is None:
+            raise ValueError("the wire is exact, expected a Format, which a QTensor has")
+        if len(shard.shape) != 2:
+            raise ValueError(f"shard has shape {list(shard.shape)}, expected [rows, cols]")
+        rows, cols = self.size * shard.shape[0], shard.shape[1]
+        q = QTensor(wire.format, (rows, cols), _arrays.library_of(shard, "shard"))
+        canonical = q._canonical = q._new_canonical()
+        codes, scales, zeros, _ = q._borrow(canonical)
+        pending = self._native.all_gather_codes(
+            _borrowed(shard), codes, scales, zeros, rows, cols, wire, as_wire(None), chunks, chunk_bytes, seed
+        )
+        return _result(pending, q, (shard, canonical), async_op)
+
     def reduce_scatter(
         self,
         input: Array,
@@ -196,6 +226,6 @@ def _name(array: Array) -> str:
     return str(array.dtype).removeprefix("torch.")
 
 
-def _result(pending: _native.Pending, out: Array, tensors: tuple[Array, ...], async_op: bool) -> Any:
+def _result(pending: _native.Pending, out: Any, tensors: tuple[Any, ...], async_op: bool) -> Any:
     handle = Pending(pending, out, tensors)
     return handle if async_op else handle.wait()

@@ -87,6 +87,25 @@ def test_what_arrives_is_what_quantize_gives() -> None:
         np.testing.assert_array_equal(result[:1], expected)
 
 
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_gathered_weights_are_multiplied_as_they_travelled(library: str) -> None:
+    torch = pytest.importorskip("torch") if library == "torch" else None
+
+    def array(data: np.ndarray) -> Any:
+        return torch.from_numpy(data) if torch else data
+
+    def body(comm: ng.Communicator) -> tuple[ng.QTensor, np.ndarray]:
+        q = comm.all_gather_qtensor(array(values(comm.rank, 8, 256)), "int8:g64:bf16", chunk_bytes=1000)
+        return q, np.asarray(ng.linear(array(values(9, 3, 256)), q.pack()))
+
+    weights = np.concatenate([values(rank, 8, 256) for rank in range(3)])
+    expected = ng.quantize(weights, "int8:g64:bf16")
+    for q, y in run_threads(3, body):
+        assert q.shape == (24, 256)
+        np.testing.assert_array_equal(np.asarray(q.codes), expected.codes)
+        np.testing.assert_array_equal(y, ng.linear(values(9, 3, 256), expected.pack()))
+
+
 def test_exact_and_asynchronous() -> None:
     def body(comm: ng.Communicator) -> Any:
         pending = [comm.all_reduce(np.full(10, comm.rank + i, np.float32), async_op=True) for i in range(3)]
@@ -115,6 +134,9 @@ def test_errors_name_what_is_wrong() -> None:
         (ValueError, "expected a first axis that 2 divides", lambda comm: comm.reduce_scatter(values(0, 3))),
         (ValueError, "out has 3 elements; expected 4", lambda comm: comm.all_reduce(values(0, 4), out=values(0, 3))),
         (ValueError, "shard is int64", lambda comm: comm.all_gather(np.zeros(4, np.int64))),
+        (ValueError, "expected a Format", lambda comm: comm.all_gather_qtensor(values(0, 4, 64), None)),
+        (ValueError, "expected [rows, cols]", lambda comm: comm.all_gather_qtensor(values(0, 64), "int8:g64:bf16")),
+        (ValueError, "expected whole groups", lambda comm: comm.all_gather_qtensor(values(0, 4, 65), "int8:g64:bf16")),
         (TypeError, "input is a list", lambda comm: comm.all_reduce([1.0])),
     ]
     for kind, message, call in wrong:

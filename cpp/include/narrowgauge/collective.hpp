@@ -18,6 +18,7 @@
 
 #include "narrowgauge/executor.hpp"
 #include "narrowgauge/format.hpp"
+#include "narrowgauge/quantize.hpp"
 #include "narrowgauge/tensor.hpp"
 #include "narrowgauge/transport.hpp"
 
@@ -83,6 +84,11 @@ class Communicator {
   // out: the shards of all ranks, in their order; numel = size x that of `shard`, which may be its own part of `out`.
   // All ranks decode the same bytes, a rank its own too.
   Pending all_gather(const TensorView& shard, const TensorView& out, const CollectiveOptions& options);
+
+  // out: the shards' rows, in the order of the ranks, as they travelled: a matrix [size x rows, cols] in the wire's
+  // Format, of which the arrays are as in quantize.hpp. shard: [.., cols]. Throws InvalidArgument unless rows are whole
+  // groups and bytes, and for a wire with Hadamard.
+  Pending all_gather(const TensorView& shard, const CanonicalView& out, const CollectiveOptions& options);
 
   // out: of the inputs' parts [rank], the sum or mean. input: size x numel of `out`.
   Pending reduce_scatter(const TensorView& input, const TensorView& out, Reduction reduction,

@@ -13,6 +13,7 @@
 namespace ng {
 namespace {
 
+using collective::copy_codes;
 using collective::decode;
 using collective::decode_sum;
 using collective::encode;
@@ -125,7 +126,8 @@ class Job final : public Pending::Work {
     std::vector<Step> steps;
     Ranks ranks;
     Layout layout;
-    Elements input, out;
+    Elements input{}, out{};
+    std::optional<CanonicalView> codes{};  // in place of out
     CollectiveOptions options;
     int divisor = 1;
     std::string operation;
@@ -298,8 +300,12 @@ class Job final : public Pending::Work {
       const int node_size = s_.ranks.node_size;
       const int at = s_.ranks.has_nodes() ? peer % node_size * s_.ranks.nodes() + peer / node_size : peer;
       const Range range = s_.layout.chunk(peer, chunk);
-      decode(s_.options.wire, before.received.data() + at * gathered_bytes(chunk), gathered_type(), range.n,
-             s_.out.at(range.first), s_.out.dtype, *s_.executor);
+      const std::byte* unit = before.received.data() + at * gathered_bytes(chunk);
+      if (s_.codes) {
+        copy_codes(unit, range.n, range.first, *s_.codes);
+      } else {
+        decode(s_.options.wire, unit, gathered_type(), range.n, s_.out.at(range.first), s_.out.dtype, *s_.executor);
+      }
     }
   }
 
@@ -443,6 +449,36 @@ Pending Communicator::all_gather(const TensorView& shard_tensor, const TensorVie
                                                   .layout = equal_parts(shard.n, size(), shard.dtype, options),
                                                   .input = shard,
                                                   .out = out,
+                                                  .options = options,
+                                                  .operation = operation,
+                                                  .executor = executor_}));
+}
+
+Pending Communicator::all_gather(const TensorView& shard_tensor, const CanonicalView& out,
+                                 const CollectiveOptions& options) {
+  check_options(options);
+  const Elements shard = elements_of(shard_tensor, "shard");
+  const Format& format = out.format;
+  NG_CHECK(options.wire.format == format && !options.wire.hadamard, InvalidArgument, "out is in ", format.str(),
+           ", the wire ", options.wire.str(), "; expected the same, without hadamard");
+  const int64_t cols = shard_tensor.ndim == 0 ? 1 : shard_tensor.shape[static_cast<size_t>(shard_tensor.ndim - 1)];
+  NG_CHECK(cols % format.group == 0 && cols * format.element.bits % 8 == 0, InvalidArgument, "shard has rows of ", cols,
+           " elements; expected whole groups and bytes of ", format.str());
+  NG_CHECK(out.cols == cols && out.rows * cols == shard.n * size(), InvalidArgument, "out is [", out.rows, ", ",
+           out.cols, "]; expected ", size(), " times shard ", shard_tensor.shape_str());
+  NG_CHECK(out.rows * cols == 0 || (out.codes != nullptr && out.scales != nullptr &&
+                                    (out.zeros != nullptr || !format.element.has_zero_point())),
+           InvalidArgument, "an array of out is null");
+  const std::string operation =
+      describe("all_gather of codes", shard, {nullptr, shard.dtype, shard.n * size()}, options, node_size_);
+  agree(operation);
+  std::vector<Step> steps{Step::gather, Step::finish_gather};
+  if (node_size_ != 0) steps.insert(steps.begin() + 1, Step::forward);
+  return Pending(std::make_unique<Job>(Job::Setup{.steps = steps,
+                                                  .ranks = {transport_.get(), node_.get(), across_.get(), node_size_},
+                                                  .layout = equal_parts(shard.n, size(), shard.dtype, options),
+                                                  .input = shard,
+                                                  .codes = out,
                                                   .options = options,
                                                   .operation = operation,
                                                   .executor = executor_}));

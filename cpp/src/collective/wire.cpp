@@ -158,6 +158,18 @@ void decode(const Wire& wire, const std::byte* from, DType dtype, int64_t n, voi
   }
 }
 
+void copy_codes(const std::byte* from, int64_t n, int64_t first, const CanonicalView& to) {
+  const CanonicalView unit = part(to.format, from, n, 0, n);
+  const CanonicalBytes bytes = canonical_bytes(to.format, 1, n);
+  const int64_t group = first / to.format.group;
+  const auto copy = [](void* out, int64_t offset, const void* in, int64_t size) {
+    if (size != 0) std::memcpy(static_cast<std::byte*>(out) + offset, in, static_cast<size_t>(size));
+  };
+  copy(to.scales, group * static_cast<int64_t>(scale_bytes(to.format.scale)), unit.scales, bytes.scales);
+  copy(to.zeros, group, unit.zeros, bytes.zeros);
+  copy(to.codes, first * to.format.element.bits / 8, unit.codes, bytes.codes);
+}
+
 void decode_sum(const Wire& wire, std::span<const std::byte* const> from, DType dtype, int64_t n, int divisor, void* to,
                 DType to_dtype, Executor& executor) {
   const int64_t band = band_of(wire);

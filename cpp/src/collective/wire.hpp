@@ -37,6 +37,9 @@ void encode(const Wire& wire, const void* from, DType dtype, int64_t n, Randomne
 void decode(const Wire& wire, const std::byte* from, DType dtype, int64_t n, void* to, DType to_dtype,
             Executor& executor);
 
+// Copies what was encoded, n elements from element `first` of a matrix without padding on, into its arrays.
+void copy_codes(const std::byte* from, int64_t n, int64_t first, const CanonicalView& to);
+
 // to = the sum over units of their elements, added in fp32 in their order, divided by `divisor` and rounded once.
 void decode_sum(const Wire& wire, std::span<const std::byte* const> from, DType dtype, int64_t n, int divisor, void* to,
                 DType to_dtype, Executor& executor);

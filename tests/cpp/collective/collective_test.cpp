@@ -216,6 +216,36 @@ TEST(Collective, AllToAllWithPartsOfAnyLength) {
   });
 }
 
+// The arrays that quantize gives for all rows at once.
+TEST(Collective, ShardsAreGatheredAsTheyTravelled) {
+  for (const char* format : {"int8:g64:bf16", "uint4:g48:fp16", "fp6_e2m3:g32:e8m0"}) {
+    for (const int node_size : {0, 2}) {
+      SCOPED_TRACE(concat(format, ' ', node_size));
+      constexpr int64_t kRows = 5, kCols = 576;
+      std::vector<float> all;
+      for (int rank = 0; rank < 4; ++rank) {
+        const std::vector<float> theirs = values(rank, kRows * kCols);
+        all.insert(all.end(), theirs.begin(), theirs.end());
+      }
+      const QTensor expected = QTensor::quantize({all.data(), DType::f32, {4 * kRows, kCols}}, Format::parse(format));
+      const CanonicalView want = expected.canonical_view();
+      run_ranks(4, [&](std::shared_ptr<Transport>& transport) {
+        Communicator communicator(transport, node_size);
+        std::vector<float> shard = values(transport->rank(), kRows * kCols);
+        const CanonicalBytes bytes = canonical_bytes(want.format, want.rows, want.cols);
+        std::vector<uint8_t> codes(static_cast<size_t>(bytes.codes)), scales(static_cast<size_t>(bytes.scales)),
+            zeros(static_cast<size_t>(bytes.zeros));
+        const CanonicalView out{want.format, want.rows, want.cols, codes.data(), scales.data(), zeros.data()};
+        const TensorView from(shard.data(), DType::f32, {kRows, kCols});
+        communicator.all_gather(from, out, {.wire = wire(format), .chunk_bytes = 3000}).wait();
+        EXPECT_EQ(std::memcmp(codes.data(), want.codes, codes.size()), 0);
+        EXPECT_EQ(std::memcmp(scales.data(), want.scales, scales.size()), 0);
+        EXPECT_TRUE(zeros.empty() || std::memcmp(zeros.data(), want.zeros, zeros.size()) == 0);
+      });
+    }
+  }
+}
+
 // Neither how many chunks there are nor Hadamard and stochastic rounding make results depend on anything else.
 TEST(Collective, ResultsDoNotDependOnChunks) {
   for (const bool stochastic : {false, true}) {
@@ -361,6 +391,10 @@ TEST(Collective, RefusesWhatDoesNotFit) {
     EXPECT_THROW(reduce({.hadamard = true}), InvalidArgument);
     const TensorView integers(data.data(), DType::i32, {100});
     EXPECT_THROW(communicator.all_reduce(integers, view(out), Reduction::sum, options), InvalidArgument);
+    CanonicalView codes{.format = Format::parse("int8:g64:bf16"), .rows = 200, .cols = 1};
+    EXPECT_THROW(communicator.all_gather(view(data), codes, options), InvalidArgument);
+    codes.format = Format::parse("int4:g64:bf16");
+    EXPECT_THROW(communicator.all_gather(view(data), codes, options), InvalidArgument);
     const std::vector<int64_t> parts{50, 51};
     EXPECT_THROW(communicator.all_to_all(view(data), parts, view(out), parts, options), InvalidArgument);
   });

@@ -1,0 +1,135 @@
+"""Collectives with narrow numbers beside torch.distributed's own over gloo, on links of known rates (netlab.py). Root.
+
+    python bench/collectives.py                        # 4 hosts; 200 Mbit/s, 1 Gbit/s and as fast as the kernel goes
+    python bench/collectives.py --rates 200mbit --mebibytes 16 --rounds 9 --png collectives.png --json results.json
+
+Every round runs every case once in random order; a time is that of the slowest rank, from a barrier on. The ideal is
+the time in which the link carries what a rank has to send. Bytes are those of the network device, headers included,
+beside the formula: elements x bits x (ranks - 1). The relative error is that of the Euclidean norm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import protocol
+from netlab import Lab, exit_on_signals, why_not
+
+BITS_PER_SECOND = {"mbit": 1e6, "gbit": 1e9}
+COLLECTIVES = ["all_gather", "reduce_scatter", "all_reduce"]
+
+
+def bits_per_second(rate: str) -> float | None:
+    return None if rate == "none" else float(rate[:-4]) * BITS_PER_SECOND[rate[-4:]]
+
+
+def measure(hosts: int, rate: str, mebibytes: float, dtype: str, rounds: int) -> list[dict[str, Any]]:
+    size = 4 if dtype == "float32" else 2
+    elements = int(mebibytes * 2**20 / size) // (64 * hosts) * 64 * hosts
+    command = [sys.executable, str(Path(__file__).with_name("collectives_rank.py"))]
+    command += [str(elements), dtype, str(rounds)]
+    with Lab(hosts, None if rate == "none" else rate) as lab:
+        first = lab.start(0, command, stdout=subprocess.PIPE)
+        others = [lab.start(host, command) for host in range(1, hosts)]
+        output, _ = first.communicate()
+        codes = [first.returncode, *(other.wait() for other in others)]
+    if any(codes):
+        raise RuntimeError(f"ranks ended with {codes}, expected 0")
+    return [
+        {"hosts": hosts, "rate": rate, "MiB": mebibytes, "dtype": dtype, **row}
+        for row in json.loads(output.splitlines()[-1])
+    ]
+
+
+def table(rows: list[dict[str, Any]], rate: str, mebibytes: float, dtype: str) -> None:
+    lines = []
+    for collective in COLLECTIVES:
+        found = {row["contender"]: row for row in rows if row["collective"] == collective}
+        for name, row in found.items():
+            link = bits_per_second(rate)
+            ideal = f"{row['seconds'] / (row['formula'] * 8 / link):.2f}" if link else "-"
+            peers = [f"{found['torch']['seconds'] / row['seconds']:.2f}"]
+            if "all-to-all and sum" in found:
+                peers.append(f"{found['all-to-all and sum']['seconds'] / row['seconds']:.2f}")
+            lines.append([
+                collective, name, f"{1e3 * row['seconds']:.0f} [{1e3 * row['least']:.0f}..{1e3 * row['most']:.0f}]",
+                ideal, " / ".join(peers), f"{row['bytes'] / 1e6:.2f}", f"{row['bytes'] / row['formula']:.3f}",
+                f"{row['error']:.4f}", f"{row['cpu']:.3f}",
+            ])  # fmt: skip
+    hosts = rows[0]["hosts"]
+    protocol.print_table(
+        f"{hosts} hosts, {rate}, {mebibytes:g} MiB of {dtype}",
+        ["collective", "contender", "ms, median", "times ideal", "speed over torch (/ all-to-all and sum)", "MB sent",
+         "times formula", "relative error", "CPU s"],
+        lines,
+    )  # fmt: skip
+
+
+def plot(rows: list[dict[str, Any]], path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    groups = list(dict.fromkeys((row["rate"], row["dtype"]) for row in rows))
+    figure, axes = pyplot.subplots(1, len(COLLECTIVES), figsize=(5 * len(COLLECTIVES), 4), sharey=True)
+    for axis, collective in zip(axes, COLLECTIVES, strict=True):
+        for offset, contender in enumerate(("int8", "int4")):
+            ratios = []
+            for rate, dtype in groups:
+                found = {
+                    row["contender"]: row["seconds"]
+                    for row in rows
+                    if (row["rate"], row["dtype"], row["collective"]) == (rate, dtype, collective)
+                }
+                ratios.append(found["torch"] / found[contender])
+            axis.bar([i + 0.4 * offset for i in range(len(groups))], ratios, 0.4, label=contender)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_xticks([i + 0.2 for i in range(len(groups))], [f"{rate}\n{dtype}" for rate, dtype in groups])
+        axis.set_title(collective)
+    axes[0].set_ylabel("speed over torch's own (gloo)")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    print(f"picture: {path}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hosts", type=int, default=4)
+    parser.add_argument("--rates", default="200mbit,1gbit,none", help='such as 1gbit; "none": not shaped')
+    parser.add_argument("--mebibytes", default="16,64,64", help="of a whole tensor, for each rate")
+    parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--png", help="where to write a picture")
+    parser.add_argument("--json", help="where to write the figures")
+    args = parser.parse_args()
+    if reason := why_not():
+        print(f"bench/collectives.py measures on links of its own: {reason}", file=sys.stderr)
+        return 2
+    exit_on_signals()
+    rates = args.rates.split(",")
+    sizes = [float(each) for each in args.mebibytes.split(",")]
+    if len(sizes) == 1:
+        sizes *= len(rates)
+    rows: list[dict[str, Any]] = []
+    for rate, mebibytes in zip(rates, sizes, strict=True):
+        for dtype in args.dtypes.split(","):
+            found = measure(args.hosts, rate, mebibytes, dtype, args.rounds)
+            table(found, rate, mebibytes, dtype)
+            rows += found
+    protocol.print_machine()
+    if args.json:
+        protocol.write_json(args.json, rows)
+    if args.png:
+        plot(rows, args.png)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
