@@ -9,6 +9,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <functional>
+#include <optional>
 #include <string_view>
 
 #include "bindings.hpp"
@@ -208,25 +209,30 @@ void bind_collective(nb::module_& module) {
       .def(
           "reduce_scatter",
           [](Communicator& self, nb::handle input, nb::handle out, std::string_view op, const Wire& how,
-             const Wire& inside, int chunks, int64_t chunk_bytes, uint64_t seed) {
+             const Wire& inside, int chunks, int64_t chunk_bytes, uint64_t seed, nb::handle error) {
             const BorrowedTensor from(input, "input"), to(out, "out", Access::write);
             const Reduction reduction = reduction_of(op);
+            std::optional<BorrowedTensor> kept;
+            if (!error.is_none()) kept.emplace(error, "error", Access::write);
             const nb::gil_scoped_release release;
             return self.reduce_scatter(from.view(), to.view(), reduction,
-                                       options_of(how, inside, chunks, chunk_bytes, seed));
+                                       options_of(how, inside, chunks, chunk_bytes, seed),
+                                       kept ? &kept->view() : nullptr);
           },
-          "input"_a, "out"_a, "op"_a, "wire"_a, "inside"_a, "chunks"_a, "chunk_bytes"_a, "seed"_a)
+          "input"_a, "out"_a, "op"_a, "wire"_a, "inside"_a, "chunks"_a, "chunk_bytes"_a, "seed"_a, "error"_a.none())
       .def(
           "all_reduce",
           [](Communicator& self, nb::handle input, nb::handle out, std::string_view op, const Wire& how,
-             const Wire& inside, int chunks, int64_t chunk_bytes, uint64_t seed) {
+             const Wire& inside, int chunks, int64_t chunk_bytes, uint64_t seed, nb::handle error) {
             const BorrowedTensor from(input, "input"), to(out, "out", Access::write);
             const Reduction reduction = reduction_of(op);
+            std::optional<BorrowedTensor> kept;
+            if (!error.is_none()) kept.emplace(error, "error", Access::write);
             const nb::gil_scoped_release release;
             return self.all_reduce(from.view(), to.view(), reduction,
-                                   options_of(how, inside, chunks, chunk_bytes, seed));
+                                   options_of(how, inside, chunks, chunk_bytes, seed), kept ? &kept->view() : nullptr);
           },
-          "input"_a, "out"_a, "op"_a, "wire"_a, "inside"_a, "chunks"_a, "chunk_bytes"_a, "seed"_a)
+          "input"_a, "out"_a, "op"_a, "wire"_a, "inside"_a, "chunks"_a, "chunk_bytes"_a, "seed"_a, "error"_a.none())
       .def(
           "all_to_all",
           [](Communicator& self, nb::handle input, const std::vector<int64_t>& input_numels, nb::handle out,

@@ -129,10 +129,28 @@ class Communicator:
         seed: int,
     ) -> Pending: ...
     def reduce_scatter(
-        self, input: Any, out: Any, op: str, wire: Wire, inside: Wire, chunks: int, chunk_bytes: int, seed: int
+        self,
+        input: Any,
+        out: Any,
+        op: str,
+        wire: Wire,
+        inside: Wire,
+        chunks: int,
+        chunk_bytes: int,
+        seed: int,
+        error: Any | None,
     ) -> Pending: ...
     def all_reduce(
-        self, input: Any, out: Any, op: str, wire: Wire, inside: Wire, chunks: int, chunk_bytes: int, seed: int
+        self,
+        input: Any,
+        out: Any,
+        op: str,
+        wire: Wire,
+        inside: Wire,
+        chunks: int,
+        chunk_bytes: int,
+        seed: int,
+        error: Any | None,
     ) -> Pending: ...
     def all_to_all(
         self,

@@ -157,12 +157,16 @@ class Communicator:
         op: str = "sum",
         out: Array | None = None,
         inside: WireLike = None,
+        error: Array | None = None,
         seed: int = 0,
         async_op: bool = False,
         chunks: int = CHUNKS,
         chunk_bytes: int = CHUNK_BYTES,
     ) -> Any:
         """This rank's part of the sum or "mean" of all inputs: of `size` equal parts along the first axis, its own.
+
+        error: float32 with as many elements as the input, zeros at first: what rounding leaves of this input is kept
+        there and added to the next (error feedback), so that over steps nothing is lost.
 
         ValueError if the first axis has no `size` parts and no `out` is given.
         """
@@ -172,9 +176,9 @@ class Communicator:
                 raise ValueError(f"input has shape {list(input.shape)}, expected a first axis that {self.size} divides")
             out = arrays.empty((input.shape[0] // self.size, *input.shape[1:]), _name(input))
         pending = self._native.reduce_scatter(
-            _borrowed(input), _borrowed(out), op, as_wire(wire), as_wire(inside), chunks, chunk_bytes, seed
+            _borrowed(input), _borrowed(out), op, as_wire(wire), as_wire(inside), chunks, chunk_bytes, seed, error
         )
-        return _result(pending, out, (input, out), async_op)
+        return _result(pending, out, (input, out, error), async_op)
 
     def all_reduce(
         self,
@@ -184,19 +188,23 @@ class Communicator:
         op: str = "sum",
         out: Array | None = None,
         inside: WireLike = None,
+        error: Array | None = None,
         seed: int = 0,
         async_op: bool = False,
         chunks: int = CHUNKS,
         chunk_bytes: int = CHUNK_BYTES,
     ) -> Any:
-        """The sum or "mean" of all inputs, the same bits on all ranks. `out` may be `input`. All is rounded twice."""
+        """The sum or "mean" of all inputs, the same bits on all ranks. `out` may be `input`. All is rounded twice.
+
+        error: as in reduce_scatter; it is of the first rounding.
+        """
         arrays = _arrays.library_of(input, "input")
         if out is None:
             out = arrays.empty(tuple(input.shape), _name(input))
         pending = self._native.all_reduce(
-            _borrowed(input), _borrowed(out), op, as_wire(wire), as_wire(inside), chunks, chunk_bytes, seed
+            _borrowed(input), _borrowed(out), op, as_wire(wire), as_wire(inside), chunks, chunk_bytes, seed, error
         )
-        return _result(pending, out, (input, out), async_op)
+        return _result(pending, out, (input, out, error), async_op)
 
     def all_to_all(
         self,

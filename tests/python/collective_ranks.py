@@ -66,12 +66,13 @@ def nodes(rank: int, size: int) -> None:
 
 def ddp(rank: int, size: int) -> None:
     losses = {}
-    for name in ("exact", "int8:g64:bf16"):
+    for name in ("exact", "int8:g64:bf16", "int4:g64:bf16"):
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(20, 50), torch.nn.ReLU(), torch.nn.Linear(50, 1))
         replica = DistributedDataParallel(model)
         if name != "exact":
-            replica.register_comm_hook(*ng.ddp.hook(name))
+            state, hook = ng.ddp.hook(name, error_feedback=name.startswith("int4"))
+            replica.register_comm_hook(state, hook)
         optimizer = torch.optim.SGD(replica.parameters(), lr=0.05)
         x = tensor(rank, 64, 20)
         y = x.sum(1, keepdim=True)
@@ -85,8 +86,12 @@ def ddp(rank: int, size: int) -> None:
             copies = [torch.empty_like(parameter) for _ in range(size)]
             dist.all_gather(copies, parameter.detach())
             assert all(torch.equal(copy, parameter) for copy in copies)
-    first, second = losses.values()
-    assert abs(first - second) < 0.05 * first, losses
+    exact, *narrow = losses.values()
+    assert all(abs(each - exact) < 0.05 * exact for each in narrow), losses
+    saved = state.state_dict()
+    assert saved["calls"] == 30 and any(error.any() for error in saved["errors"].values())
+    state.load_state_dict({"calls": 3, "errors": {}})
+    assert state.calls == 3 and not state.errors
 
 
 def fsdp(rank: int, size: int) -> None:

@@ -91,12 +91,17 @@ class Communicator {
   Pending all_gather(const TensorView& shard, const CanonicalView& out, const CollectiveOptions& options);
 
   // out: of the inputs' parts [rank], the sum or mean. input: size x numel of `out`.
+  //
+  // error: null, or f32 with the input's numel, this rank's own (error feedback; Seide et al. 2014): what rounding has
+  // left of earlier inputs is added to this one, and what is left of that is kept, so that over steps nothing is lost.
+  // It is of the first rounding; starts as 0, and elements that are not finite become 0.
   Pending reduce_scatter(const TensorView& input, const TensorView& out, Reduction reduction,
-                         const CollectiveOptions& options);
+                         const CollectiveOptions& options, const TensorView* error = nullptr);
 
-  // out: the sum or mean of the inputs, quantised once more on its way to all ranks; may be `input` itself.
+  // out: the sum or mean of the inputs, quantised once more on its way to all ranks; may be `input` itself. error: as
+  // above.
   Pending all_reduce(const TensorView& input, const TensorView& out, Reduction reduction,
-                     const CollectiveOptions& options);
+                     const CollectiveOptions& options, const TensorView* error = nullptr);
 
   // input: input_numels[0] elements for rank 0, then those for rank 1, and so on; out likewise. Never in two levels.
   Pending all_to_all(const TensorView& input, std::span<const int64_t> input_numels, const TensorView& out,

@@ -40,6 +40,15 @@ Elements elements_of(const TensorView& tensor, const char* name) {
   return {static_cast<std::byte*>(tensor.data), tensor.dtype, tensor.numel()};
 }
 
+// What error feedback keeps; null if there is none.
+float* error_of(const TensorView* tensor, int64_t n) {
+  if (tensor == nullptr) return nullptr;
+  const Elements error = elements_of(*tensor, "error");
+  NG_CHECK(error.dtype == DType::f32 && error.n == n, InvalidArgument, "error is ", tensor->shape_str(), ' ',
+           dtype_name(error.dtype), "; expected ", n, " elements of float32, as many as the input has");
+  return reinterpret_cast<float*>(error.data);
+}
+
 // --- layout --------------------------------------------------------------------------------------------------------
 
 struct Range {
@@ -129,6 +138,7 @@ class Job final : public Pending::Work {
     Elements input{}, out{};
     std::optional<CanonicalView> codes{};  // in place of out
     CollectiveOptions options;
+    float* error = nullptr;
     int divisor = 1;
     std::string operation;
     Executor* executor;
@@ -165,6 +175,9 @@ class Job final : public Pending::Work {
     return s_.options.seed + 0x9e3779b97f4a7c15U * (static_cast<uint64_t>(rank()) * 4 + static_cast<uint64_t>(level));
   }
 
+  // Of the input's elements; null without error feedback.
+  float* error(const Range& range) const { return s_.error == nullptr ? nullptr : s_.error + range.first; }
+
   std::unique_ptr<Transfer> exchange(Transport& transport, Message& now) const {
     return transport.all_to_all(now.sent.data(), now.sent_bytes, now.received.data(), now.received_bytes, s_.operation);
   }
@@ -182,7 +195,8 @@ class Job final : public Pending::Work {
     std::byte* to = now.sent.data();
     for (int peer = 0; peer < size(); ++peer) {
       const Range range = s_.layout.chunk(peer, chunk);
-      encode(wire, s_.input.at(range.first), s_.input.dtype, range.n, {key(0), range.first}, to, *s_.executor);
+      encode(wire, s_.input.at(range.first), s_.input.dtype, range.n, {key(0), range.first}, error(range), to,
+             *s_.executor);
       to += now.sent_bytes[static_cast<size_t>(peer)];
     }
     return exchange(*s_.ranks.all, now);
@@ -210,7 +224,8 @@ class Job final : public Pending::Work {
     for (int place = 0; place < s_.ranks.node_size; ++place) {
       for (int node = 0; node < nodes; ++node) {
         const Range range = s_.layout.chunk(rank_at(node, place), chunk);
-        encode(wire, s_.input.at(range.first), s_.input.dtype, range.n, {key(0), range.first}, to, *s_.executor);
+        encode(wire, s_.input.at(range.first), s_.input.dtype, range.n, {key(0), range.first}, error(range), to,
+               *s_.executor);
         to += wire_bytes(wire, s_.input.dtype, range.n);
       }
     }
@@ -232,7 +247,7 @@ class Job final : public Pending::Work {
       const std::vector<const std::byte*> units = units_of(before, before.received_bytes[0], skipped);
       sum_.resize(static_cast<size_t>(range.n));
       decode_sum(s_.options.inside, units, s_.input.dtype, range.n, 1, sum_.data(), DType::f32, *s_.executor);
-      encode(wire, sum_.data(), DType::f32, range.n, {key(1), range.first}, to, *s_.executor);
+      encode(wire, sum_.data(), DType::f32, range.n, {key(1), range.first}, nullptr, to, *s_.executor);
       skipped += wire_bytes(s_.options.inside, s_.input.dtype, range.n);
       to += now.sent_bytes[static_cast<size_t>(node)];
     }
@@ -284,7 +299,7 @@ class Job final : public Pending::Work {
     }
     const int64_t first = range.first - s_.layout.parts[static_cast<size_t>(rank())].first;
     encode(s_.options.wire, before == nullptr ? s_.input.at(first) : static_cast<const void*>(sum_.data()), dtype,
-           range.n, {key(2), range.first}, now.sent.data(), *s_.executor);
+           range.n, {key(2), range.first}, nullptr, now.sent.data(), *s_.executor);
     return gather(transport, now);
   }
 
@@ -343,7 +358,7 @@ class Exchange final : public Pending::Work {
       for (const Range& part : s_.sent) {
         const Range range = at(part, chunk);
         const uint64_t key = s_.options.seed + 0x9e3779b97f4a7c15U * static_cast<uint64_t>(s_.transport->rank()) * 4;
-        encode(wire, s_.input.at(range.first), s_.input.dtype, range.n, {key, range.first}, to, *s_.executor);
+        encode(wire, s_.input.at(range.first), s_.input.dtype, range.n, {key, range.first}, nullptr, to, *s_.executor);
         to += wire_bytes(wire, s_.input.dtype, range.n);
       }
       return s_.transport->all_to_all(sent.sent.data(), sent.sent_bytes, sent.received.data(), sent.received_bytes,
@@ -485,7 +500,7 @@ Pending Communicator::all_gather(const TensorView& shard_tensor, const Canonical
 }
 
 Pending Communicator::reduce_scatter(const TensorView& input_tensor, const TensorView& out_tensor, Reduction reduction,
-                                     const CollectiveOptions& options) {
+                                     const CollectiveOptions& options, const TensorView* error) {
   check_options(options);
   const Elements input = elements_of(input_tensor, "input"), out = elements_of(out_tensor, "out");
   NG_CHECK(input.n == out.n * size(), InvalidArgument, "input has ", input.n, " elements; expected ", size(), " x ",
@@ -501,13 +516,14 @@ Pending Communicator::reduce_scatter(const TensorView& input_tensor, const Tenso
                                                   .input = input,
                                                   .out = out,
                                                   .options = options,
+                                                  .error = error_of(error, input.n),
                                                   .divisor = reduction == Reduction::mean ? size() : 1,
                                                   .operation = operation,
                                                   .executor = executor_}));
 }
 
 Pending Communicator::all_reduce(const TensorView& input_tensor, const TensorView& out_tensor, Reduction reduction,
-                                 const CollectiveOptions& options) {
+                                 const CollectiveOptions& options, const TensorView* error) {
   check_options(options);
   const Elements input = elements_of(input_tensor, "input"), out = elements_of(out_tensor, "out");
   NG_CHECK(input.n == out.n, InvalidArgument, "out has ", out.n, " elements; expected ", input.n);
@@ -524,6 +540,7 @@ Pending Communicator::all_reduce(const TensorView& input_tensor, const TensorVie
                                                   .input = input,
                                                   .out = out,
                                                   .options = options,
+                                                  .error = error_of(error, input.n),
                                                   .divisor = reduction == Reduction::mean ? size() : 1,
                                                   .operation = operation,
                                                   .executor = executor_}));

@@ -121,28 +121,39 @@ int64_t wire_bytes(const Wire& wire, DType dtype, int64_t n) {
   return (bytes + kPadding - 1) / kPadding * kPadding;
 }
 
-void encode(const Wire& wire, const void* from, DType dtype, int64_t n, Randomness random, std::byte* to,
+void encode(const Wire& wire, const void* from, DType dtype, int64_t n, Randomness random, float* error, std::byte* to,
             Executor& executor) {
   const int64_t bytes = wire.format ? canonical_bytes(*wire.format, 1, n).total() : n * size_of(dtype);
   std::memset(to + bytes, 0, static_cast<size_t>(wire_bytes(wire, dtype, n) - bytes));
   if (n == 0) return;
-  if (!wire.format) {
+  if (!wire.format) {  // and leaves no error
     std::memcpy(to, from, static_cast<size_t>(bytes));
     return;
   }
   QuantizeOptions options{.nan = NanPolicy::keep, .stochastic = wire.stochastic, .seed = random.seed};
   options.first_index = random.first;
-  if (!wire.hadamard) {
+  if (!wire.hadamard && error == nullptr) {
     quantize(row(from, dtype, n), part(*wire.format, to, n, 0, n), options, executor);
     return;
   }
   const int64_t band = band_of(wire);
-  std::vector<float> wide(static_cast<size_t>(std::min(band, n)));
+  std::vector<float> wide(static_cast<size_t>(std::min(band, n))), sent(error == nullptr ? 0 : wide.size());
   for_bands(n, band, [&](int64_t first, int64_t count) {
     widen(at(from, dtype, first), dtype, count, wide.data(), executor);
-    hadamard_all(wide.data(), count, executor);
+    if (error != nullptr) {
+      for (int64_t i = 0; i < count; ++i) error[first + i] = wide[static_cast<size_t>(i)] += error[first + i];
+    }
+    if (wire.hadamard) hadamard_all(wide.data(), count, executor);
     options.first_index = random.first + first;
-    quantize(row(wide.data(), DType::f32, count), part(*wire.format, to, n, first, count), options, executor);
+    const CanonicalView codes = part(*wire.format, to, n, first, count);
+    quantize(row(wide.data(), DType::f32, count), codes, options, executor);
+    if (error == nullptr) return;
+    dequantize(codes, row(sent.data(), DType::f32, count), executor);
+    if (wire.hadamard) hadamard_all(sent.data(), count, executor);
+    for (int64_t i = 0; i < count; ++i) {
+      const float left = error[first + i] - sent[static_cast<size_t>(i)];
+      error[first + i] = std::isfinite(left) ? left : 0;
+    }
   });
 }
 

@@ -29,8 +29,9 @@ struct Randomness {
   int64_t first = 0;
 };
 
-// from: n elements. to: wire_bytes().
-void encode(const Wire& wire, const void* from, DType dtype, int64_t n, Randomness random, std::byte* to,
+// from: n elements. to: wire_bytes(). error: null, or for every element what earlier roundings have left, which is
+// added first, and becomes what this one leaves: 0 where that is not finite.
+void encode(const Wire& wire, const void* from, DType dtype, int64_t n, Randomness random, float* error, std::byte* to,
             Executor& executor);
 
 // The dtype is that of encode, where elements travel as they are.

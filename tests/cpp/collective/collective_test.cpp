@@ -311,6 +311,35 @@ TEST(Collective, StochasticRoundingIsUnbiased) {
   });
 }
 
+// The mean over many steps comes near, with the same gradient at each and no randomness; NaN does not stay.
+TEST(Collective, ErrorFeedbackLosesNothingOverSteps) {
+  constexpr int kSteps = 50;
+  for (const bool hadamard : {false, true}) {
+    for (const int node_size : {0, 2}) {
+      run_ranks(4, [&](std::shared_ptr<Transport>& transport) {
+        Communicator communicator(transport, node_size);
+        std::vector<float> data = values(transport->rank(), 4 * 300), out(300), mean(300), error(data.size());
+        const TensorView kept = view(error);
+        const Wire narrow{.format = Format::parse("int4:g64:bf16"), .hadamard = hadamard};
+        // Between nodes exactly, since the error is of the first rounding.
+        const CollectiveOptions options{.wire = node_size == 0 ? narrow : Wire{}, .inside = narrow, .chunk_bytes = 500};
+        std::vector<float> exact(300);
+        communicator.reduce_scatter(view(data), view(exact), Reduction::mean, {}).wait();
+        double once = 0;
+        for (int step = 0; step < kSteps; ++step) {
+          communicator.reduce_scatter(view(data), view(out), Reduction::mean, options, &kept).wait();
+          if (step == 0) once = relative_error(out, exact);
+          for (size_t i = 0; i < mean.size(); ++i) mean[i] += out[i] / kSteps;
+        }
+        EXPECT_LT(relative_error(mean, exact), 0.05 * once);
+        data[7] = std::numeric_limits<float>::quiet_NaN();
+        communicator.reduce_scatter(view(data), view(out), Reduction::mean, options, &kept).wait();
+        for (const float value : error) ASSERT_TRUE(std::isfinite(value));
+      });
+    }
+  }
+}
+
 TEST(Collective, NanAndInfinityArriveAsNan) {
   const float bad[] = {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()};
   for (const float value : bad) {
@@ -395,6 +424,11 @@ TEST(Collective, RefusesWhatDoesNotFit) {
     EXPECT_THROW(communicator.all_gather(view(data), codes, options), InvalidArgument);
     codes.format = Format::parse("int4:g64:bf16");
     EXPECT_THROW(communicator.all_gather(view(data), codes, options), InvalidArgument);
+    const TensorView half(out.data(), DType::f16, {100});
+    std::vector<float> part(50);
+    EXPECT_THROW(communicator.reduce_scatter(view(data), view(part), Reduction::sum, options, &half), InvalidArgument);
+    const TensorView few(out.data(), DType::f32, {99});
+    EXPECT_THROW(communicator.all_reduce(view(data), view(data), Reduction::sum, options, &few), InvalidArgument);
     const std::vector<int64_t> parts{50, 51};
     EXPECT_THROW(communicator.all_to_all(view(data), parts, view(out), parts, options), InvalidArgument);
   });
