@@ -118,6 +118,14 @@ struct Ranks {
   int nodes() const { return all->size() / node_size; }
 };
 
+// Of a collective's roundings.
+enum class Level : uint8_t { first, across, gather };
+
+// Ranks and levels round apart.
+uint64_t key(uint64_t seed, int rank, Level level) {
+  return seed + 0x9e3779b97f4a7c15U * (static_cast<uint64_t>(rank) * 4 + static_cast<uint64_t>(level));
+}
+
 // What a stage computes, from what the one before has brought, and sends.
 enum class Step : uint8_t {
   scatter,         // the input's chunks, to the ranks that have the parts
@@ -170,11 +178,6 @@ class Job final : public Pending::Work {
   int size() const { return s_.ranks.all->size(); }
   Range mine(int chunk) const { return s_.layout.chunk(rank(), chunk); }
 
-  // Ranks and levels round apart.
-  uint64_t key(int level) const {
-    return s_.options.seed + 0x9e3779b97f4a7c15U * (static_cast<uint64_t>(rank()) * 4 + static_cast<uint64_t>(level));
-  }
-
   // Of the input's elements; null without error feedback.
   float* error(const Range& range) const { return s_.error == nullptr ? nullptr : s_.error + range.first; }
 
@@ -195,8 +198,8 @@ class Job final : public Pending::Work {
     std::byte* to = now.sent.data();
     for (int peer = 0; peer < size(); ++peer) {
       const Range range = s_.layout.chunk(peer, chunk);
-      encode(wire, s_.input.at(range.first), s_.input.dtype, range.n, {key(0), range.first}, error(range), to,
-             *s_.executor);
+      encode(wire, s_.input.at(range.first), s_.input.dtype, range.n,
+             {key(s_.options.seed, rank(), Level::first), range.first}, error(range), to, *s_.executor);
       to += now.sent_bytes[static_cast<size_t>(peer)];
     }
     return exchange(*s_.ranks.all, now);
@@ -224,8 +227,8 @@ class Job final : public Pending::Work {
     for (int place = 0; place < s_.ranks.node_size; ++place) {
       for (int node = 0; node < nodes; ++node) {
         const Range range = s_.layout.chunk(rank_at(node, place), chunk);
-        encode(wire, s_.input.at(range.first), s_.input.dtype, range.n, {key(0), range.first}, error(range), to,
-               *s_.executor);
+        encode(wire, s_.input.at(range.first), s_.input.dtype, range.n,
+               {key(s_.options.seed, rank(), Level::first), range.first}, error(range), to, *s_.executor);
         to += wire_bytes(wire, s_.input.dtype, range.n);
       }
     }
@@ -247,7 +250,8 @@ class Job final : public Pending::Work {
       const std::vector<const std::byte*> units = units_of(before, before.received_bytes[0], skipped);
       sum_.resize(static_cast<size_t>(range.n));
       decode_sum(s_.options.inside, units, s_.input.dtype, range.n, 1, sum_.data(), DType::f32, *s_.executor);
-      encode(wire, sum_.data(), DType::f32, range.n, {key(1), range.first}, nullptr, to, *s_.executor);
+      encode(wire, sum_.data(), DType::f32, range.n, {key(s_.options.seed, rank(), Level::across), range.first},
+             nullptr, to, *s_.executor);
       skipped += wire_bytes(s_.options.inside, s_.input.dtype, range.n);
       to += now.sent_bytes[static_cast<size_t>(node)];
     }
@@ -299,7 +303,7 @@ class Job final : public Pending::Work {
     }
     const int64_t first = range.first - s_.layout.parts[static_cast<size_t>(rank())].first;
     encode(s_.options.wire, before == nullptr ? s_.input.at(first) : static_cast<const void*>(sum_.data()), dtype,
-           range.n, {key(2), range.first}, nullptr, now.sent.data(), *s_.executor);
+           range.n, {key(s_.options.seed, rank(), Level::gather), range.first}, nullptr, now.sent.data(), *s_.executor);
     return gather(transport, now);
   }
 
@@ -357,8 +361,8 @@ class Exchange final : public Pending::Work {
       std::byte* to = sent.sent.data();
       for (const Range& part : s_.sent) {
         const Range range = at(part, chunk);
-        const uint64_t key = s_.options.seed + 0x9e3779b97f4a7c15U * static_cast<uint64_t>(s_.transport->rank()) * 4;
-        encode(wire, s_.input.at(range.first), s_.input.dtype, range.n, {key, range.first}, nullptr, to, *s_.executor);
+        encode(wire, s_.input.at(range.first), s_.input.dtype, range.n,
+               {key(s_.options.seed, s_.transport->rank(), Level::first), range.first}, nullptr, to, *s_.executor);
         to += wire_bytes(wire, s_.input.dtype, range.n);
       }
       return s_.transport->all_to_all(sent.sent.data(), sent.sent_bytes, sent.received.data(), sent.received_bytes,
