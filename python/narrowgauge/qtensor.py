@@ -167,10 +167,10 @@ class QTensor:
         A GPU's arrays are torch's if this matrix's are; from the others' GPU arrays the way back is to numpy's.
         """
         device = _native.device_name(device)
-        q = self if device == self.device else self._unpacked()
-        if device == q.device:
-            return q
-        target = q._arrays.on(device)
+        if device == self.device:
+            return self
+        target = self._arrays.on(device)  # refused before anything is unpacked
+        q = self._unpacked()
         parts = (None if part is None else q._move(part, target) for part in q.canonical())
         return QTensor.from_canonical(self.format, self.shape, Canonical(*parts))
 
@@ -195,8 +195,9 @@ class QTensor:
         """
         device = self.device if device is None else _native.device_name(device)
         if self._matrix is None or device != self.device:
+            arrays = self._arrays.on(device)  # refused before anything is unpacked
             q = self._unpacked().to(device)
-            self._set_packed(q._pack_new(q._borrow(q.canonical()), q._arrays))
+            self._set_packed(q._pack_new(q._borrow(q.canonical()), arrays))
         return self
 
     def _pack_new(self, canonical: tuple[Any, Any, Any | None, Any | None], arrays: Arrays) -> _native.PackedMatrix:
