@@ -122,11 +122,11 @@ def test_records(program: simgpu.Program, element: str, kind: str) -> None:
         program, "pack_records", [None, m.scales, m.zeros], [None, np.zeros_like(case.packed_records)]
     )
     assert np.array_equal(records.get(), case.packed_records)
-    check(launch, moved, elements, instructions=43)
+    check(launch, moved, elements, instructions=44)
     launch, (_, scales, zeros, *_) = case.launch(program, "unpack_records", [None, *blank], [None, case.packed_records])
     assert np.array_equal(scales.get(), m.scales)
     assert m.zeros is None or np.array_equal(zeros.get(), m.zeros)
-    check(launch, moved, elements, instructions=43)
+    check(launch, moved, elements, instructions=44)
 
 
 @pytest.mark.parametrize("kernel", ["pack_codes_6", "unpack_codes_6", "pack_records"])
