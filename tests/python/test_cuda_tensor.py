@@ -244,7 +244,8 @@ def test_the_path_that_torch_takes_for_linear(producer: Any, cols: int, arrays: 
     memory, arena = ng.Tensor.from_dlpack(x).to("cuda"), ng._native.empty([1 << 20], "uint8", "cuda")
     stream = ng.cuda.Stream()
     array = producer.Array(memory.data_ptr(), 2, cols, 0, stream.handle, 16)
-    packed = ng.quantize(w, ng.int8).pack("cuda")
+    with stream:
+        packed = ng.quantize(w, ng.int8).pack("cuda")
     producer.allocate_from(arena.data_ptr())
     before = producer.made()
     y = ng._native.linear(array, packed._matrix)
