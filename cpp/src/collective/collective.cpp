@@ -260,9 +260,9 @@ class Job final : public Pending::Work {
 
   // Where the unit `skipped` bytes into what each rank sent begins; `each` bytes came from each.
   static std::vector<const std::byte*> units_of(const Message& message, int64_t each, int64_t skipped) {
-    std::vector<const std::byte*> units;
-    for (size_t peer = 0; peer < message.received_bytes.size(); ++peer) {
-      units.push_back(message.received.data() + static_cast<int64_t>(peer) * each + skipped);
+    std::vector<const std::byte*> units(message.received_bytes.size());
+    for (size_t peer = 0; peer < units.size(); ++peer) {
+      units[peer] = message.received.data() + static_cast<int64_t>(peer) * each + skipped;
     }
     return units;
   }

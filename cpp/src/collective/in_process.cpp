@@ -201,6 +201,7 @@ std::vector<std::shared_ptr<Transport>> in_process_transports(int size, std::chr
   NG_CHECK(size >= 1, InvalidArgument, "in_process_transports of ", size, " ranks; expected at least 1");
   const auto room = std::make_shared<Room>(size, timeout);
   std::vector<std::shared_ptr<Transport>> transports;
+  transports.reserve(static_cast<size_t>(size));
   for (int rank = 0; rank < size; ++rank) transports.push_back(std::make_shared<InProcessTransport>(room, rank));
   return transports;
 }
