@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "narrowgauge/error.hpp"
-#include "narrowgauge/memory.hpp"
 #include "narrowgauge/quantize.hpp"
+#include "quantize/sum.hpp"
 
 namespace ng::collective {
 namespace {
@@ -40,24 +40,31 @@ CanonicalView part(const Format& format, const std::byte* unit, int64_t unit_n, 
 
 TensorView row(const void* data, DType dtype, int64_t n) { return {const_cast<void*>(data), dtype, {1, n}}; }
 
-float load(const void* from, DType dtype, int64_t i) {
+// use(i, value) for n elements of any type.
+template <typename Use>
+void for_floats(const void* from, DType dtype, int64_t n, const Use& use) {
   switch (dtype) {
-    case DType::f16: return to_float(static_cast<const f16*>(from)[i]);
-    case DType::bf16: return to_float(static_cast<const bf16*>(from)[i]);
-    default: return static_cast<const float*>(from)[i];
+    case DType::f16:
+      for (int64_t i = 0; i < n; ++i) use(i, to_float(static_cast<const f16*>(from)[i]));
+      break;
+    case DType::bf16:
+      for (int64_t i = 0; i < n; ++i) use(i, to_float(static_cast<const bf16*>(from)[i]));
+      break;
+    default:
+      for (int64_t i = 0; i < n; ++i) use(i, static_cast<const float*>(from)[i]);
   }
 }
 
-void store(void* to, DType dtype, int64_t i, float value) {
-  switch (dtype) {
-    case DType::f16: static_cast<f16*>(to)[i] = to_f16(value); break;
-    case DType::bf16: static_cast<bf16*>(to)[i] = to_bf16(value); break;
-    default: static_cast<float*>(to)[i] = value;
-  }
+void widen(const void* from, DType dtype, int64_t n, float* to) {
+  for_floats(from, dtype, n, [to](int64_t i, float value) { to[i] = value; });
+}
+
+void add(const void* from, DType dtype, int64_t n, float* to) {
+  for_floats(from, dtype, n, [to](int64_t i, float value) { to[i] += value; });
 }
 
 // x = H x / sqrt(n) for n a power of two, in place: its own inverse, but for rounding. n <= 64.
-void hadamard(float* x, int64_t n) {
+inline void hadamard(float* x, int64_t n) {
   for (int64_t half = 1; half < n; half *= 2) {
     for (int64_t i = 0; i < n; i += 2 * half) {
       for (int64_t j = i; j < i + half; ++j) {
@@ -81,12 +88,6 @@ void hadamard_all(float* x, int64_t n, Executor& executor) {
     hadamard(x + done, length);
     done += length;
   }
-}
-
-void widen(const void* from, DType dtype, int64_t n, float* to, Executor& executor) {
-  executor.parallel_for(n, kGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) to[i] = load(from, dtype, i);
-  });
 }
 
 int64_t band_of(const Wire& wire) {
@@ -139,7 +140,9 @@ void encode(const Wire& wire, const void* from, DType dtype, int64_t n, Randomne
   const int64_t band = band_of(wire);
   std::vector<float> wide(static_cast<size_t>(std::min(band, n))), sent(error == nullptr ? 0 : wide.size());
   for_bands(n, band, [&](int64_t first, int64_t count) {
-    widen(at(from, dtype, first), dtype, count, wide.data(), executor);
+    executor.parallel_for(count, kGrain, [&](int64_t begin, int64_t end) {
+      widen(at(from, dtype, first + begin), dtype, end - begin, wide.data() + begin);
+    });
     if (error != nullptr) {
       for (int64_t i = 0; i < count; ++i) error[first + i] = wide[static_cast<size_t>(i)] += error[first + i];
     }
@@ -183,26 +186,31 @@ void copy_codes(const std::byte* from, int64_t n, int64_t first, const Canonical
 
 void decode_sum(const Wire& wire, std::span<const std::byte* const> from, DType dtype, int64_t n, int divisor, void* to,
                 DType to_dtype, Executor& executor) {
+  std::vector<CanonicalView> peers(wire.format ? from.size() : 0);
+  const auto set_peers = [&](int64_t first, int64_t count) {
+    for (size_t i = 0; i < peers.size(); ++i) peers[i] = part(*wire.format, from[i], n, first, count);
+  };
+  if (wire.format && !wire.hadamard) {
+    set_peers(0, n);
+    codec::dequantize_sum(peers, divisor, row(to, to_dtype, n), executor);
+    return;
+  }
   const int64_t band = band_of(wire);
   std::vector<float> sum(static_cast<size_t>(std::min(band, n)));
-  std::vector<CanonicalView> peers(from.size());
   for_bands(n, band, [&](int64_t first, int64_t count) {
     if (wire.format) {
-      for (size_t i = 0; i < from.size(); ++i) peers[i] = part(*wire.format, from[i], n, first, count);
+      set_peers(first, count);
       dequantize_sum(peers, row(sum.data(), DType::f32, count), executor);
-      if (wire.hadamard) hadamard_all(sum.data(), count, executor);
+      hadamard_all(sum.data(), count, executor);
     } else {
       executor.parallel_for(count, kGrain, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) sum[static_cast<size_t>(i)] = load(from[0], dtype, first + i);
-        for (const std::byte* unit : from.subspan(1)) {
-          for (int64_t i = begin; i < end; ++i) sum[static_cast<size_t>(i)] += load(unit, dtype, first + i);
-        }
+        float* const out = sum.data() + begin;
+        widen(at(from[0], dtype, first + begin), dtype, end - begin, out);
+        for (const std::byte* unit : from.subspan(1)) add(at(unit, dtype, first + begin), dtype, end - begin, out);
       });
     }
-    const auto over = static_cast<float>(divisor);
-    std::byte* out = at(to, to_dtype, first);
     executor.parallel_for(count, kGrain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) store(out, to_dtype, i, sum[static_cast<size_t>(i)] / over);
+      codec::store_quotients(sum.data() + begin, end - begin, divisor, to_dtype, at(to, to_dtype, first + begin));
     });
   });
 }

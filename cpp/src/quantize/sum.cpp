@@ -1,6 +1,9 @@
-// dequantize_sum on the CPU: the specification of the device's, in bands of rows that stay in the cache.
+// dequantize_sum on the CPU: the specification of the device's, in runs that stay in the first cache.
+#include "quantize/sum.hpp"
+
 #include <algorithm>
-#include <vector>
+#include <array>
+#include <numeric>
 
 #include "narrowgauge/error.hpp"
 #include "quantize/arguments.hpp"
@@ -8,29 +11,38 @@
 namespace ng {
 namespace {
 
-// Elements of a band; a longer row is a band too.
-constexpr int64_t kBand = 65536;
-constexpr int64_t kGrain = 4096;
+constexpr int64_t kGrain = 8;  // runs
 
-CanonicalView rows_of(const CanonicalView& matrix, int64_t first, int64_t count) {
+using Run = std::array<float, codec::kRun>;
+
+// The caller's thread alone: a run is one thread's already.
+class Serial final : public Executor {
+ public:
+  int threads() const override { return 1; }
+  void set_threads(int) override {}
+  std::string name() const override { return "serial"; }
+
+ private:
+  void run(int64_t count, int64_t, Body body, const void* context) override { body(context, 0, count); }
+};
+
+// Columns [first, first + n) of a row; `first` starts a group and a byte.
+CanonicalView part_of(const CanonicalView& matrix, int64_t row, int64_t first, int64_t n) {
   const Format& format = matrix.format;
-  const int64_t groups = first * format.groups(matrix.cols);
-  CanonicalView band = matrix;
-  band.rows = count;
-  band.codes += first * format.row_bytes(matrix.cols);
-  band.scales = static_cast<std::byte*>(matrix.scales) + groups * static_cast<int64_t>(scale_bytes(format.scale));
-  if (matrix.zeros != nullptr) band.zeros += groups;
-  return band;
+  const int64_t group = row * format.groups(matrix.cols) + (format.group == 0 ? 0 : first / format.group);
+  CanonicalView part = matrix;
+  part.rows = 1;
+  part.cols = n;
+  part.codes += row * format.row_bytes(matrix.cols) + first * format.element.bits / 8;
+  part.scales = static_cast<std::byte*>(matrix.scales) + group * static_cast<int64_t>(scale_bytes(format.scale));
+  if (matrix.zeros != nullptr) part.zeros += group;
+  return part;
 }
 
-void store(const float* from, int64_t n, DType dtype, void* to) {
-  for (int64_t i = 0; i < n; ++i) {
-    switch (dtype) {
-      case DType::f16: static_cast<f16*>(to)[i] = to_f16(from[i]); break;
-      case DType::bf16: static_cast<bf16*>(to)[i] = to_bf16(from[i]); break;
-      default: static_cast<float*>(to)[i] = from[i];
-    }
-  }
+int64_t run_length(const Format& format) {
+  if (format.group == 0) return codec::kRun;
+  const int64_t unit = std::lcm(int64_t{format.group}, codec::kBlock);
+  return codec::kRun / unit * unit;
 }
 
 }  // namespace
@@ -47,32 +59,47 @@ void codec::check_peers(std::span<const CanonicalView> peers) {
   }
 }
 
-void dequantize_sum(std::span<const CanonicalView> peers, const TensorView& out, Executor& executor) {
-  codec::check_peers(peers);
-  codec::source_of(out.dtype, "out");
-  const MatrixView dense = codec::check_dense(out, "out", peers[0]);
+void codec::store_quotients(const float* from, int64_t n, int divisor, DType dtype, void* to) {
+  const auto over = static_cast<float>(divisor);
+  switch (dtype) {
+    case DType::f16:
+      for (int64_t i = 0; i < n; ++i) static_cast<f16*>(to)[i] = to_f16(from[i] / over);
+      break;
+    case DType::bf16:
+      for (int64_t i = 0; i < n; ++i) static_cast<bf16*>(to)[i] = to_bf16(from[i] / over);
+      break;
+    default:
+      for (int64_t i = 0; i < n; ++i) static_cast<float*>(to)[i] = from[i] / over;
+  }
+}
+
+void codec::dequantize_sum(std::span<const CanonicalView> peers, int divisor, const TensorView& out,
+                           Executor& executor) {
+  check_peers(peers);
+  source_of(out.dtype, "out");
+  const MatrixView dense = check_dense(out, "out", peers[0]);
   const int64_t rows = dense.rows, cols = dense.cols;
   if (rows == 0 || cols == 0) return;
-  const int64_t band = std::min(rows, std::max<int64_t>(1, kBand / cols));
-  std::vector<float> sum(static_cast<size_t>(band * cols)), values(sum.size());
-  for (int64_t row = 0; row < rows; row += band) {
-    const int64_t count = std::min(band, rows - row);
-    for (const CanonicalView& peer : peers) {
-      const bool first = &peer == peers.data();
-      dequantize(rows_of(peer, row, count), {first ? sum.data() : values.data(), DType::f32, {count, cols}}, executor);
-      if (first) continue;
-      executor.parallel_for(count * cols, kGrain, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) sum[static_cast<size_t>(i)] += values[static_cast<size_t>(i)];
-      });
-    }
-    const auto size = static_cast<int64_t>(dtype_bytes(dense.dtype));
-    executor.parallel_for(count, std::max<int64_t>(1, kGrain / cols), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        store(sum.data() + i * cols, cols, dense.dtype,
-              static_cast<std::byte*>(dense.data) + (row + i) * dense.row_stride * size);
+  const int64_t length = run_length(peers[0].format), runs = (cols + length - 1) / length;
+  const auto size = static_cast<int64_t>(dtype_bytes(dense.dtype));
+  executor.parallel_for(rows * runs, kGrain, [&](int64_t begin, int64_t end) {
+    Serial serial;
+    alignas(64) Run sum, values;
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t row = unit / runs, first = unit % runs * length, n = std::min(length, cols - first);
+      dequantize(part_of(peers[0], row, first, n), {sum.data(), DType::f32, {1, n}}, serial);
+      for (const CanonicalView& peer : peers.subspan(1)) {
+        dequantize(part_of(peer, row, first, n), {values.data(), DType::f32, {1, n}}, serial);
+        for (size_t i = 0; i < static_cast<size_t>(n); ++i) sum[i] += values[i];
       }
-    });
-  }
+      store_quotients(sum.data(), n, divisor, dense.dtype,
+                      static_cast<std::byte*>(dense.data) + (row * dense.row_stride + first) * size);
+    }
+  });
+}
+
+void dequantize_sum(std::span<const CanonicalView> peers, const TensorView& out, Executor& executor) {
+  codec::dequantize_sum(peers, 1, out, executor);
 }
 
 }  // namespace ng
