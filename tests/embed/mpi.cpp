@@ -1,10 +1,12 @@
 // Collectives over MPI from a program of its own: mpirun -n 4 mpi.
 #include <narrowgauge/transport_mpi.hpp>
 
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <narrowgauge/collective.hpp>
+#include <string>
 #include <vector>
 
 namespace {
@@ -43,11 +45,30 @@ void run(int node_size) {
   }
 }
 
+// Ranks that come only when rank 0 has given them up: it does so in time, and what it has given up still completes.
+void late() {
+  const bool waits = ng::MpiTransport(MPI_COMM_WORLD).rank() == 0;
+  ng::MpiTransport transport(MPI_COMM_WORLD, std::chrono::milliseconds(waits ? 100 : 60000));
+  std::vector<std::byte> mine(1000), all(mine.size() * static_cast<size_t>(transport.size()));
+  int go = 0;
+  if (!waits) MPI_Recv(&go, 1, MPI_INT, 0, 0, MPI_COMM_WORLD, MPI_STATUS_IGNORE);
+  bool timed_out = false;
+  try {
+    transport.all_gather(mine, all.data(), "step 7")->wait();
+  } catch (const ng::Timeout& error) {
+    timed_out = std::string(error.what()) == "step 7 on rank 0: not complete within 100 ms";
+  }
+  expect(timed_out == waits, "ranks that are late");
+  for (int peer = 1; waits && peer < transport.size(); ++peer) MPI_Send(&go, 1, MPI_INT, peer, 0, MPI_COMM_WORLD);
+  MPI_Barrier(MPI_COMM_WORLD);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   MPI_Init(&argc, &argv);
   run(0);
   run(2);
+  late();
   MPI_Finalize();
 }

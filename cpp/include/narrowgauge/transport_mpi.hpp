@@ -7,10 +7,14 @@
 // Between MPI_Init and MPI_Finalize; MPI calls are made by the thread that uses the transport (MPI_THREAD_FUNNELED will
 // do if that is the main one). Transfers are nonblocking collectives on a duplicate of the communicator, which is freed
 // with the transport: a collective call. MPI's errors that its handler returns are TransportErrors.
+//
+// MPI cannot be told to stop, so bytes pass through memory of the transfer's own, which one that is given up leaves to
+// MPI: a rank that never comes costs that memory and a Timeout, not the caller.
 #pragma once
 
 #include <mpi.h>
 
+#include <algorithm>
 #include <chrono>
 #include <limits>
 #include <memory>
@@ -45,21 +49,26 @@ class MpiTransport : public Transport {
 
   std::unique_ptr<Transfer> all_gather(std::span<const std::byte> sent, std::byte* received,
                                        std::string_view operation) override {
-    auto transfer = std::make_unique<Started>(operation, rank_, timeout_);
     const int count = as_count(static_cast<int64_t>(sent.size()));
-    check(MPI_Iallgather(sent.data(), count, MPI_BYTE, received, count, MPI_BYTE, communicator_, &transfer->request),
+    auto transfer =
+        std::make_unique<Started>(operation, *this, sent, received, sent.size() * static_cast<size_t>(size_));
+    Flight& flight = *transfer->flight;
+    check(MPI_Iallgather(flight.sent.data(), count, MPI_BYTE, flight.received.data(), count, MPI_BYTE, communicator_,
+                         &flight.request),
           "MPI_Iallgather");
     return transfer;
   }
 
   std::unique_ptr<Transfer> all_to_all(const std::byte* sent, std::span<const int64_t> sent_bytes, std::byte* received,
                                        std::span<const int64_t> received_bytes, std::string_view operation) override {
-    auto transfer = std::make_unique<Started>(operation, rank_, timeout_);
-    transfer->sent = Parts(sent_bytes);
-    transfer->received = Parts(received_bytes);
-    const Parts &from = transfer->sent, &to = transfer->received;
-    check(MPI_Ialltoallv(sent, from.counts.data(), from.starts.data(), MPI_BYTE, received, to.counts.data(),
-                         to.starts.data(), MPI_BYTE, communicator_, &transfer->request),
+    Parts from(sent_bytes), to(received_bytes);
+    auto transfer = std::make_unique<Started>(operation, *this, std::span(sent, from.total), received, to.total);
+    Flight& flight = *transfer->flight;
+    flight.from = std::move(from);
+    flight.to = std::move(to);
+    check(MPI_Ialltoallv(flight.sent.data(), flight.from.counts.data(), flight.from.starts.data(), MPI_BYTE,
+                         flight.received.data(), flight.to.counts.data(), flight.to.starts.data(), MPI_BYTE,
+                         communicator_, &flight.request),
           "MPI_Ialltoallv");
     return transfer;
   }
@@ -90,43 +99,51 @@ class MpiTransport : public Transport {
     return static_cast<int>(bytes);
   }
 
-  // Read by MPI until the transfer is complete.
   struct Parts {
     Parts() = default;
     explicit Parts(std::span<const int64_t> bytes) {
-      int64_t start = 0;
       for (const int64_t each : bytes) {
         counts.push_back(as_count(each));
-        starts.push_back(as_count(start));
-        start += each;
+        starts.push_back(as_count(static_cast<int64_t>(total)));
+        total += static_cast<size_t>(each);
       }
     }
     std::vector<int> counts, starts;
+    size_t total = 0;
+  };
+
+  // What MPI reads and writes until it is complete.
+  struct Flight {
+    MPI_Request request = MPI_REQUEST_NULL;
+    Parts from, to;
+    std::vector<std::byte> sent, received;
   };
 
   struct Started : Transfer {
-    Started(std::string_view what, int of_rank, std::chrono::milliseconds most)
-        : operation(what), rank(of_rank), timeout(most) {}
-    // MPI goes on writing until it is complete, and cannot be told to stop.
+    Started(std::string_view what, const MpiTransport& transport, std::span<const std::byte> sent, std::byte* into,
+            size_t bytes)
+        : flight(new Flight), to(into), operation(what), rank(transport.rank_), timeout(transport.timeout_) {
+      flight->sent.assign(sent.begin(), sent.end());
+      flight->received.resize(bytes);
+    }
     ~Started() override {
-      if (request != MPI_REQUEST_NULL) MPI_Wait(&request, MPI_STATUS_IGNORE);
+      if (flight->request != MPI_REQUEST_NULL) static_cast<void>(flight.release());
     }
 
     void wait() override {
       const auto deadline = std::chrono::steady_clock::now() + timeout;
-      for (int tries = 0;; ++tries) {
-        int done = 0;
-        check(MPI_Test(&request, &done, MPI_STATUS_IGNORE), operation.c_str());
-        if (done != 0) return;
-        if (std::chrono::steady_clock::now() > deadline) {
+      for (int done = 0; done == 0;) {
+        check(MPI_Test(&flight->request, &done, MPI_STATUS_IGNORE), operation.c_str());
+        if (done == 0 && std::chrono::steady_clock::now() > deadline) {
           throw Timeout(concat(operation, " on rank ", rank, ": not complete within ", timeout.count(), " ms"));
         }
-        if (tries > 1000) std::this_thread::yield();
+        if (done == 0) std::this_thread::yield();
       }
+      std::copy(flight->received.begin(), flight->received.end(), to);
     }
 
-    MPI_Request request = MPI_REQUEST_NULL;
-    Parts sent, received;
+    std::unique_ptr<Flight> flight;
+    std::byte* to;
     std::string operation;
     int rank;
     std::chrono::milliseconds timeout;
