@@ -108,6 +108,9 @@ class Communicator {
                      std::span<const int64_t> out_numels, const CollectiveOptions& options);
 
  private:
+  struct Setup;
+  class Job;
+  Pending start(const char* name, Setup setup);
   void agree(const std::string& description);
 
   std::shared_ptr<Transport> transport_;

@@ -137,21 +137,24 @@ enum class Step : uint8_t {
   finish_gather,   // the chunks of all, into out
 };
 
-class Job final : public Pending::Work {
- public:
-  struct Setup {
-    std::vector<Step> steps;
-    Ranks ranks;
-    Layout layout;
-    Elements input{}, out{};
-    std::optional<CanonicalView> codes{};  // in place of out
-    CollectiveOptions options;
-    float* error = nullptr;
-    int divisor = 1;
-    std::string operation;
-    Executor* executor;
-  };
+}  // namespace
 
+struct Communicator::Setup {
+  std::vector<Step> steps;
+  Layout layout;
+  Elements input{}, out{};
+  CollectiveOptions options;
+  std::optional<CanonicalView> codes{};  // in place of out
+  float* error = nullptr;
+  int divisor = 1;
+  // Of the communicator.
+  Ranks ranks{};
+  std::string operation{};
+  Executor* executor = nullptr;
+};
+
+class Communicator::Job final : public Pending::Work {
+ public:
   explicit Job(Setup setup) : Work(setup.layout.chunks, static_cast<int>(setup.steps.size())), s_(std::move(setup)) {
     start();
   }
@@ -332,6 +335,8 @@ class Job final : public Pending::Work {
   std::vector<float> sum_;
 };
 
+namespace {
+
 // all_to_all: a part for every rank, in one level.
 class Exchange final : public Pending::Work {
  public:
@@ -401,8 +406,14 @@ std::string describe(const char* name, const Elements& input, const Elements& ou
                 options.wire.str(), nodes, ", ", options.chunks, " chunks of ", options.chunk_bytes, " bytes");
 }
 
-const char* reduction_name(const char* sum, const char* mean, Reduction reduction) {
-  return reduction == Reduction::sum ? sum : mean;
+std::vector<Step> scatter_steps(int node_size) {
+  if (node_size == 0) return {Step::scatter};
+  return {Step::scatter_inside, Step::scatter_across};
+}
+
+std::vector<Step> gather_steps(int node_size) {
+  if (node_size == 0) return {Step::gather, Step::finish_gather};
+  return {Step::gather, Step::forward, Step::finish_gather};
 }
 
 }  // namespace
@@ -453,24 +464,25 @@ void Communicator::agree(const std::string& description) {
   agreed_.insert(description);
 }
 
+Pending Communicator::start(const char* name, Setup setup) {
+  setup.ranks = {transport_.get(), node_.get(), across_.get(), node_size_};
+  setup.executor = executor_;
+  setup.operation = describe(name, setup.input, setup.out, setup.options, node_size_);
+  agree(setup.operation);
+  return Pending(std::make_unique<Job>(std::move(setup)));
+}
+
 Pending Communicator::all_gather(const TensorView& shard_tensor, const TensorView& out_tensor,
                                  const CollectiveOptions& options) {
   check_options(options);
   const Elements shard = elements_of(shard_tensor, "shard"), out = elements_of(out_tensor, "out");
   NG_CHECK(out.n == shard.n * size(), InvalidArgument, "out has ", out.n, " elements; expected ", size(), " x ",
            shard.n);
-  const std::string operation = describe("all_gather", shard, out, options, node_size_);
-  agree(operation);
-  std::vector<Step> steps{Step::gather, Step::finish_gather};
-  if (node_size_ != 0) steps.insert(steps.begin() + 1, Step::forward);
-  return Pending(std::make_unique<Job>(Job::Setup{.steps = steps,
-                                                  .ranks = {transport_.get(), node_.get(), across_.get(), node_size_},
-                                                  .layout = equal_parts(shard.n, size(), shard.dtype, options),
-                                                  .input = shard,
-                                                  .out = out,
-                                                  .options = options,
-                                                  .operation = operation,
-                                                  .executor = executor_}));
+  return start("all_gather", {.steps = gather_steps(node_size_),
+                              .layout = equal_parts(shard.n, size(), shard.dtype, options),
+                              .input = shard,
+                              .out = out,
+                              .options = options});
 }
 
 Pending Communicator::all_gather(const TensorView& shard_tensor, const CanonicalView& out,
@@ -488,19 +500,12 @@ Pending Communicator::all_gather(const TensorView& shard_tensor, const Canonical
   NG_CHECK(out.rows * cols == 0 || (out.codes != nullptr && out.scales != nullptr &&
                                     (out.zeros != nullptr || !format.element.has_zero_point())),
            InvalidArgument, "an array of out is null");
-  const std::string operation =
-      describe("all_gather of codes", shard, {nullptr, shard.dtype, shard.n * size()}, options, node_size_);
-  agree(operation);
-  std::vector<Step> steps{Step::gather, Step::finish_gather};
-  if (node_size_ != 0) steps.insert(steps.begin() + 1, Step::forward);
-  return Pending(std::make_unique<Job>(Job::Setup{.steps = steps,
-                                                  .ranks = {transport_.get(), node_.get(), across_.get(), node_size_},
-                                                  .layout = equal_parts(shard.n, size(), shard.dtype, options),
-                                                  .input = shard,
-                                                  .codes = out,
-                                                  .options = options,
-                                                  .operation = operation,
-                                                  .executor = executor_}));
+  return start("all_gather of codes", {.steps = gather_steps(node_size_),
+                                       .layout = equal_parts(shard.n, size(), shard.dtype, options),
+                                       .input = shard,
+                                       .out = {nullptr, shard.dtype, shard.n * size()},
+                                       .options = options,
+                                       .codes = out});
 }
 
 Pending Communicator::reduce_scatter(const TensorView& input_tensor, const TensorView& out_tensor, Reduction reduction,
@@ -509,21 +514,17 @@ Pending Communicator::reduce_scatter(const TensorView& input_tensor, const Tenso
   const Elements input = elements_of(input_tensor, "input"), out = elements_of(out_tensor, "out");
   NG_CHECK(input.n == out.n * size(), InvalidArgument, "input has ", input.n, " elements; expected ", size(), " x ",
            out.n);
-  const std::string operation = describe(reduction_name("reduce_scatter of sums", "reduce_scatter of means", reduction),
-                                         input, out, options, node_size_);
-  agree(operation);
-  std::vector<Step> steps{Step::scatter, Step::finish_sum};
-  if (node_size_ != 0) steps = {Step::scatter_inside, Step::scatter_across, Step::finish_sum};
-  return Pending(std::make_unique<Job>(Job::Setup{.steps = steps,
-                                                  .ranks = {transport_.get(), node_.get(), across_.get(), node_size_},
-                                                  .layout = equal_parts(out.n, size(), input.dtype, options),
-                                                  .input = input,
-                                                  .out = out,
-                                                  .options = options,
-                                                  .error = error_of(error, input.n),
-                                                  .divisor = reduction == Reduction::mean ? size() : 1,
-                                                  .operation = operation,
-                                                  .executor = executor_}));
+  const bool is_mean = reduction == Reduction::mean;
+  std::vector<Step> steps = scatter_steps(node_size_);
+  steps.push_back(Step::finish_sum);
+  return start(is_mean ? "reduce_scatter of means" : "reduce_scatter of sums",
+               {.steps = std::move(steps),
+                .layout = equal_parts(out.n, size(), input.dtype, options),
+                .input = input,
+                .out = out,
+                .options = options,
+                .error = error_of(error, input.n),
+                .divisor = is_mean ? size() : 1});
 }
 
 Pending Communicator::all_reduce(const TensorView& input_tensor, const TensorView& out_tensor, Reduction reduction,
@@ -531,23 +532,17 @@ Pending Communicator::all_reduce(const TensorView& input_tensor, const TensorVie
   check_options(options);
   const Elements input = elements_of(input_tensor, "input"), out = elements_of(out_tensor, "out");
   NG_CHECK(input.n == out.n, InvalidArgument, "out has ", out.n, " elements; expected ", input.n);
-  const std::string operation =
-      describe(reduction_name("all_reduce of sums", "all_reduce of means", reduction), input, out, options, node_size_);
-  agree(operation);
-  std::vector<Step> steps{Step::scatter, Step::gather, Step::finish_gather};
-  if (node_size_ != 0) {
-    steps = {Step::scatter_inside, Step::scatter_across, Step::gather, Step::forward, Step::finish_gather};
-  }
-  return Pending(std::make_unique<Job>(Job::Setup{.steps = steps,
-                                                  .ranks = {transport_.get(), node_.get(), across_.get(), node_size_},
-                                                  .layout = nearly_equal_parts(input.n, size(), input.dtype, options),
-                                                  .input = input,
-                                                  .out = out,
-                                                  .options = options,
-                                                  .error = error_of(error, input.n),
-                                                  .divisor = reduction == Reduction::mean ? size() : 1,
-                                                  .operation = operation,
-                                                  .executor = executor_}));
+  const bool is_mean = reduction == Reduction::mean;
+  std::vector<Step> steps = scatter_steps(node_size_);
+  for (const Step step : gather_steps(node_size_)) steps.push_back(step);
+  return start(is_mean ? "all_reduce of means" : "all_reduce of sums",
+               {.steps = std::move(steps),
+                .layout = nearly_equal_parts(input.n, size(), input.dtype, options),
+                .input = input,
+                .out = out,
+                .options = options,
+                .error = error_of(error, input.n),
+                .divisor = is_mean ? size() : 1});
 }
 
 Pending Communicator::all_to_all(const TensorView& input_tensor, std::span<const int64_t> input_numels,
