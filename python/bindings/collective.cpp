@@ -147,8 +147,19 @@ Reduction reduction_of(std::string_view text) {
   return text == "sum" ? Reduction::sum : Reduction::mean;
 }
 
-CollectiveOptions options_of(const Wire& wire, const Wire& inside, int chunks, int64_t chunk_bytes, uint64_t seed) {
-  return {.wire = wire, .inside = inside, .chunks = chunks, .chunk_bytes = chunk_bytes, .seed = seed};
+// reduce_scatter or all_reduce.
+using Reduce = Pending (Communicator::*)(const TensorView&, const TensorView&, Reduction, const CollectiveOptions&,
+                                         const TensorView*);
+
+template <Reduce kReduce>
+Pending reduce(Communicator& self, nb::handle input, nb::handle out, std::string_view op,
+               const CollectiveOptions& options, nb::handle error) {
+  const BorrowedTensor from(input, "input"), to(out, "out", Access::write);
+  const Reduction reduction = reduction_of(op);
+  std::optional<BorrowedTensor> kept;
+  if (!error.is_none()) kept.emplace(error, "error", Access::write);
+  const nb::gil_scoped_release release;
+  return (self.*kReduce)(from.view(), to.view(), reduction, options, kept ? &kept->view() : nullptr);
 }
 
 }  // namespace
@@ -168,6 +179,13 @@ void bind_collective(nb::module_& module) {
       .def(nb::self == nb::self)
       .def("__hash__", [](const Wire& self) { return std::hash<std::string>{}(self.str()); });
 
+  nb::class_<CollectiveOptions>(module, "CollectiveOptions")
+      .def(
+          "__init__",
+          [](CollectiveOptions* self, const Wire& how, const Wire& inside, int chunks, int64_t chunk_bytes,
+             uint64_t seed) { new (self) CollectiveOptions{how, inside, chunks, chunk_bytes, seed}; },
+          "wire"_a, "inside"_a, "chunks"_a, "chunk_bytes"_a, "seed"_a);
+
   // What it reads and writes is kept alive by the Python object that has it.
   nb::class_<Pending>(module, "Pending").def("wait", &Pending::wait, nb::call_guard<nb::gil_scoped_release>());
 
@@ -179,70 +197,43 @@ void bind_collective(nb::module_& module) {
       .def_prop_ro("transport", [](const Communicator& self) { return self.transport().name(); })
       .def(
           "all_gather",
-          [](Communicator& self, nb::handle shard, nb::handle out, const Wire& how, const Wire& inside, int chunks,
-             int64_t chunk_bytes, uint64_t seed) {
+          [](Communicator& self, nb::handle shard, nb::handle out, const CollectiveOptions& options) {
             const BorrowedTensor from(shard, "shard"), to(out, "out", Access::write);
             const nb::gil_scoped_release release;
-            return self.all_gather(from.view(), to.view(), options_of(how, inside, chunks, chunk_bytes, seed));
+            return self.all_gather(from.view(), to.view(), options);
           },
-          "shard"_a, "out"_a, "wire"_a, "inside"_a, "chunks"_a, "chunk_bytes"_a, "seed"_a)
+          "shard"_a, "out"_a, "options"_a)
       .def(
           "all_gather_codes",
           [](Communicator& self, nb::handle shard, nb::handle codes, nb::handle scales, nb::handle zeros, int64_t rows,
-             int64_t cols, const Wire& how, const Wire& inside, int chunks, int64_t chunk_bytes, uint64_t seed) {
-            NG_CHECK(how.format.has_value(), InvalidArgument,
+             int64_t cols, const CollectiveOptions& options) {
+            NG_CHECK(options.wire.format.has_value(), InvalidArgument,
                      "the wire is exact; expected a Format, which a QTensor has");
-            const CanonicalBytes bytes = canonical_bytes(*how.format, rows, cols);
+            const CanonicalBytes bytes = canonical_bytes(*options.wire.format, rows, cols);
             const BorrowedTensor from(shard, "shard");
             const BorrowedTensor code(codes, "codes", Access::write), scale(scales, "scales", Access::write);
-            CanonicalView out{.format = *how.format, .rows = rows, .cols = cols};
+            CanonicalView out{.format = *options.wire.format, .rows = rows, .cols = cols};
             out.codes = dense_bytes(code.view(), "codes", bytes.codes);
             out.scales = dense_bytes(scale.view(), "scales", bytes.scales);
-            if (how.format->element.has_zero_point()) {
+            if (options.wire.format->element.has_zero_point()) {
               out.zeros = dense_bytes(BorrowedTensor(zeros, "zeros", Access::write).view(), "zeros", bytes.zeros);
             }
             const nb::gil_scoped_release release;
-            return self.all_gather(from.view(), out, options_of(how, inside, chunks, chunk_bytes, seed));
+            return self.all_gather(from.view(), out, options);
           },
-          "shard"_a, "codes"_a, "scales"_a, "zeros"_a.none(), "rows"_a, "cols"_a, "wire"_a, "inside"_a, "chunks"_a,
-          "chunk_bytes"_a, "seed"_a)
-      .def(
-          "reduce_scatter",
-          [](Communicator& self, nb::handle input, nb::handle out, std::string_view op, const Wire& how,
-             const Wire& inside, int chunks, int64_t chunk_bytes, uint64_t seed, nb::handle error) {
-            const BorrowedTensor from(input, "input"), to(out, "out", Access::write);
-            const Reduction reduction = reduction_of(op);
-            std::optional<BorrowedTensor> kept;
-            if (!error.is_none()) kept.emplace(error, "error", Access::write);
-            const nb::gil_scoped_release release;
-            return self.reduce_scatter(from.view(), to.view(), reduction,
-                                       options_of(how, inside, chunks, chunk_bytes, seed),
-                                       kept ? &kept->view() : nullptr);
-          },
-          "input"_a, "out"_a, "op"_a, "wire"_a, "inside"_a, "chunks"_a, "chunk_bytes"_a, "seed"_a, "error"_a.none())
-      .def(
-          "all_reduce",
-          [](Communicator& self, nb::handle input, nb::handle out, std::string_view op, const Wire& how,
-             const Wire& inside, int chunks, int64_t chunk_bytes, uint64_t seed, nb::handle error) {
-            const BorrowedTensor from(input, "input"), to(out, "out", Access::write);
-            const Reduction reduction = reduction_of(op);
-            std::optional<BorrowedTensor> kept;
-            if (!error.is_none()) kept.emplace(error, "error", Access::write);
-            const nb::gil_scoped_release release;
-            return self.all_reduce(from.view(), to.view(), reduction,
-                                   options_of(how, inside, chunks, chunk_bytes, seed), kept ? &kept->view() : nullptr);
-          },
-          "input"_a, "out"_a, "op"_a, "wire"_a, "inside"_a, "chunks"_a, "chunk_bytes"_a, "seed"_a, "error"_a.none())
+          "shard"_a, "codes"_a, "scales"_a, "zeros"_a.none(), "rows"_a, "cols"_a, "options"_a)
+      .def("reduce_scatter", reduce<&Communicator::reduce_scatter>, "input"_a, "out"_a, "op"_a, "options"_a,
+           "error"_a.none())
+      .def("all_reduce", reduce<&Communicator::all_reduce>, "input"_a, "out"_a, "op"_a, "options"_a, "error"_a.none())
       .def(
           "all_to_all",
           [](Communicator& self, nb::handle input, const std::vector<int64_t>& input_numels, nb::handle out,
-             const std::vector<int64_t>& out_numels, const Wire& how, int chunks, int64_t chunk_bytes, uint64_t seed) {
+             const std::vector<int64_t>& out_numels, const CollectiveOptions& options) {
             const BorrowedTensor from(input, "input"), to(out, "out", Access::write);
             const nb::gil_scoped_release release;
-            return self.all_to_all(from.view(), input_numels, to.view(), out_numels,
-                                   options_of(how, {}, chunks, chunk_bytes, seed));
+            return self.all_to_all(from.view(), input_numels, to.view(), out_numels, options);
           },
-          "input"_a, "input_numels"_a, "out"_a, "out_numels"_a, "wire"_a, "chunks"_a, "chunk_bytes"_a, "seed"_a);
+          "input"_a, "input_numels"_a, "out"_a, "out_numels"_a, "options"_a);
 
   module.def(
       "communicator",

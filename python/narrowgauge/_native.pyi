@@ -106,14 +106,15 @@ class Pending:
 
 class Transport: ...
 
+class CollectiveOptions:
+    def __init__(self, wire: Wire, inside: Wire, chunks: int, chunk_bytes: int, seed: int) -> None: ...
+
 class Communicator:
     rank: int
     size: int
     node_size: int
     transport: str
-    def all_gather(
-        self, shard: Any, out: Any, wire: Wire, inside: Wire, chunks: int, chunk_bytes: int, seed: int
-    ) -> Pending: ...
+    def all_gather(self, shard: Any, out: Any, options: CollectiveOptions) -> Pending: ...
     def all_gather_codes(
         self,
         shard: Any,
@@ -122,46 +123,14 @@ class Communicator:
         zeros: Any | None,
         rows: int,
         cols: int,
-        wire: Wire,
-        inside: Wire,
-        chunks: int,
-        chunk_bytes: int,
-        seed: int,
+        options: CollectiveOptions,
     ) -> Pending: ...
     def reduce_scatter(
-        self,
-        input: Any,
-        out: Any,
-        op: str,
-        wire: Wire,
-        inside: Wire,
-        chunks: int,
-        chunk_bytes: int,
-        seed: int,
-        error: Any | None,
+        self, input: Any, out: Any, op: str, options: CollectiveOptions, error: Any | None
     ) -> Pending: ...
-    def all_reduce(
-        self,
-        input: Any,
-        out: Any,
-        op: str,
-        wire: Wire,
-        inside: Wire,
-        chunks: int,
-        chunk_bytes: int,
-        seed: int,
-        error: Any | None,
-    ) -> Pending: ...
+    def all_reduce(self, input: Any, out: Any, op: str, options: CollectiveOptions, error: Any | None) -> Pending: ...
     def all_to_all(
-        self,
-        input: Any,
-        input_numels: list[int],
-        out: Any,
-        out_numels: list[int],
-        wire: Wire,
-        chunks: int,
-        chunk_bytes: int,
-        seed: int,
+        self, input: Any, input_numels: list[int], out: Any, out_numels: list[int], options: CollectiveOptions
     ) -> Pending: ...
 
 def communicator(transport: Any, node_size: int) -> Communicator: ...

@@ -116,7 +116,7 @@ class Communicator:
             first, rest = (shard.shape[0], shard.shape[1:]) if shard.ndim else (1, ())
             out = arrays.empty((self.size * first, *rest), _name(shard))
         pending = self._native.all_gather(
-            _borrowed(shard), _borrowed(out), as_wire(wire), as_wire(inside), chunks, chunk_bytes, seed
+            _borrowed(shard), _borrowed(out), _options(wire, inside, chunks, chunk_bytes, seed)
         )
         return _result(pending, out, (shard, out), async_op)
 
@@ -145,7 +145,7 @@ class Communicator:
         canonical = q._canonical = q._new_canonical()
         codes, scales, zeros, _ = q._borrow(canonical)
         pending = self._native.all_gather_codes(
-            _borrowed(shard), codes, scales, zeros, rows, cols, wire, as_wire(None), chunks, chunk_bytes, seed
+            _borrowed(shard), codes, scales, zeros, rows, cols, _options(wire, None, chunks, chunk_bytes, seed)
         )
         return _result(pending, q, (shard, canonical), async_op)
 
@@ -176,7 +176,7 @@ class Communicator:
                 raise ValueError(f"input has shape {list(input.shape)}, expected a first axis that {self.size} divides")
             out = arrays.empty((input.shape[0] // self.size, *input.shape[1:]), _name(input))
         pending = self._native.reduce_scatter(
-            _borrowed(input), _borrowed(out), op, as_wire(wire), as_wire(inside), chunks, chunk_bytes, seed, error
+            _borrowed(input), _borrowed(out), op, _options(wire, inside, chunks, chunk_bytes, seed), error
         )
         return _result(pending, out, (input, out, error), async_op)
 
@@ -202,7 +202,7 @@ class Communicator:
         if out is None:
             out = arrays.empty(tuple(input.shape), _name(input))
         pending = self._native.all_reduce(
-            _borrowed(input), _borrowed(out), op, as_wire(wire), as_wire(inside), chunks, chunk_bytes, seed, error
+            _borrowed(input), _borrowed(out), op, _options(wire, inside, chunks, chunk_bytes, seed), error
         )
         return _result(pending, out, (input, out, error), async_op)
 
@@ -221,9 +221,13 @@ class Communicator:
     ) -> Any:
         """Sends input_numels[i] elements, in their order, to each rank i; out_numels[i] come from it, into `out`."""
         pending = self._native.all_to_all(
-            _borrowed(input), input_numels, _borrowed(out), out_numels, as_wire(wire), chunks, chunk_bytes, seed
+            _borrowed(input), input_numels, _borrowed(out), out_numels, _options(wire, None, chunks, chunk_bytes, seed)
         )
         return _result(pending, out, (input, out), async_op)
+
+
+def _options(wire: WireLike, inside: WireLike, chunks: int, chunk_bytes: int, seed: int) -> _native.CollectiveOptions:
+    return _native.CollectiveOptions(as_wire(wire), as_wire(inside), chunks, chunk_bytes, seed)
 
 
 def _borrowed(array: Array) -> Array:
