@@ -1,23 +1,28 @@
 #include "collective/wire.hpp"
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstring>
 #include <numeric>
 #include <vector>
 
+#include "core/serial.hpp"
 #include "narrowgauge/error.hpp"
 #include "narrowgauge/quantize.hpp"
+#include "quantize/arguments.hpp"
+#include "quantize/codec.hpp"
 #include "quantize/sum.hpp"
 
 namespace ng::collective {
 namespace {
 
-constexpr int64_t kHadamard = 64;
+constexpr int64_t kHadamard = codec::kBlock;
 constexpr int64_t kPadding = 16;
-constexpr int64_t kBand = 262144;  // elements; cut to a multiple of the unit
-constexpr int64_t kGrain = 4096;
+constexpr int64_t kBand = 8192;  // elements that one thread works on at a time, cut to a multiple of the unit
+
+using Band = std::array<float, kBand>;
 
 int64_t size_of(DType dtype) { return static_cast<int64_t>(dtype_bytes(dtype)); }
 
@@ -40,31 +45,8 @@ CanonicalView part(const Format& format, const std::byte* unit, int64_t unit_n, 
 
 TensorView row(const void* data, DType dtype, int64_t n) { return {const_cast<void*>(data), dtype, {1, n}}; }
 
-// use(i, value) for n elements of any type.
-template <typename Use>
-void for_floats(const void* from, DType dtype, int64_t n, const Use& use) {
-  switch (dtype) {
-    case DType::f16:
-      for (int64_t i = 0; i < n; ++i) use(i, to_float(static_cast<const f16*>(from)[i]));
-      break;
-    case DType::bf16:
-      for (int64_t i = 0; i < n; ++i) use(i, to_float(static_cast<const bf16*>(from)[i]));
-      break;
-    default:
-      for (int64_t i = 0; i < n; ++i) use(i, static_cast<const float*>(from)[i]);
-  }
-}
-
-void widen(const void* from, DType dtype, int64_t n, float* to) {
-  for_floats(from, dtype, n, [to](int64_t i, float value) { to[i] = value; });
-}
-
-void add(const void* from, DType dtype, int64_t n, float* to) {
-  for_floats(from, dtype, n, [to](int64_t i, float value) { to[i] += value; });
-}
-
-// x = H x / sqrt(n) for n a power of two, in place: its own inverse, but for rounding. n <= 64.
-inline void hadamard(float* x, int64_t n) {
+// x = H x / sqrt(n) for n a power of two, in place: its own inverse, but for rounding. n < 64.
+void short_hadamard(float* x, int64_t n) {
   for (int64_t half = 1; half < n; half *= 2) {
     for (int64_t i = 0; i < n; i += 2 * half) {
       for (int64_t j = i; j < i + half; ++j) {
@@ -79,26 +61,22 @@ inline void hadamard(float* x, int64_t n) {
 }
 
 // Blocks of 64, and what is left over in powers of two, the largest first.
-void hadamard_all(float* x, int64_t n, Executor& executor) {
-  executor.parallel_for(n / kHadamard, kGrain / kHadamard, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) hadamard(x + block * kHadamard, kHadamard);
-  });
+void hadamard(float* x, int64_t n) {
+  codec::table().hadamard(x, n / kHadamard);
   for (int64_t done = n / kHadamard * kHadamard; done < n;) {
     const auto length = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(n - done)));
-    hadamard(x + done, length);
+    short_hadamard(x + done, length);
     done += length;
   }
 }
 
-int64_t band_of(const Wire& wire) {
-  const int64_t unit = unit_elements(wire);
-  return kBand / unit * unit;
-}
-
-// body(first, n) for all bands of n elements.
+// body(first, count) for all bands of n elements, each by one thread.
 template <typename Body>
-void for_bands(int64_t n, int64_t band, const Body& body) {
-  for (int64_t first = 0; first < n; first += band) body(first, std::min(band, n - first));
+void for_bands(const Wire& wire, int64_t n, Executor& executor, const Body& body) {
+  const int64_t unit = unit_elements(wire), band = kBand / unit * unit;
+  executor.parallel_for((n + band - 1) / band, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(i * band, std::min(band, n - i * band));
+  });
 }
 
 }  // namespace
@@ -137,25 +115,25 @@ void encode(const Wire& wire, const void* from, DType dtype, int64_t n, Randomne
     quantize(row(from, dtype, n), part(*wire.format, to, n, 0, n), options, executor);
     return;
   }
-  const int64_t band = band_of(wire);
-  std::vector<float> wide(static_cast<size_t>(std::min(band, n))), sent(error == nullptr ? 0 : wide.size());
-  for_bands(n, band, [&](int64_t first, int64_t count) {
-    executor.parallel_for(count, kGrain, [&](int64_t begin, int64_t end) {
-      widen(at(from, dtype, first + begin), dtype, end - begin, wide.data() + begin);
-    });
-    if (error != nullptr) {
-      for (int64_t i = 0; i < count; ++i) error[first + i] = wide[static_cast<size_t>(i)] += error[first + i];
+  for_bands(wire, n, executor, [&](int64_t first, int64_t count) {
+    Serial serial;
+    alignas(64) Band wide, sent;
+    codec::table().widen(at(from, dtype, first), codec::source_of(dtype, "from"), count, wide.data());
+    float* const left = error == nullptr ? nullptr : error + first;
+    if (left != nullptr) {
+      for (int64_t i = 0; i < count; ++i) left[i] = wide[static_cast<size_t>(i)] += left[i];
     }
-    if (wire.hadamard) hadamard_all(wide.data(), count, executor);
-    options.first_index = random.first + first;
+    if (wire.hadamard) hadamard(wide.data(), count);
+    QuantizeOptions of_band = options;
+    of_band.first_index += first;
     const CanonicalView codes = part(*wire.format, to, n, first, count);
-    quantize(row(wide.data(), DType::f32, count), codes, options, executor);
-    if (error == nullptr) return;
-    dequantize(codes, row(sent.data(), DType::f32, count), executor);
-    if (wire.hadamard) hadamard_all(sent.data(), count, executor);
+    quantize(row(wide.data(), DType::f32, count), codes, of_band, serial);
+    if (left == nullptr) return;
+    dequantize(codes, row(sent.data(), DType::f32, count), serial);
+    if (wire.hadamard) hadamard(sent.data(), count);
     for (int64_t i = 0; i < count; ++i) {
-      const float left = error[first + i] - sent[static_cast<size_t>(i)];
-      error[first + i] = std::isfinite(left) ? left : 0;
+      const float rest = left[i] - sent[static_cast<size_t>(i)];
+      left[i] = std::isfinite(rest) ? rest : 0;
     }
   });
 }
@@ -186,32 +164,31 @@ void copy_codes(const std::byte* from, int64_t n, int64_t first, const Canonical
 
 void decode_sum(const Wire& wire, std::span<const std::byte* const> from, DType dtype, int64_t n, int divisor, void* to,
                 DType to_dtype, Executor& executor) {
-  std::vector<CanonicalView> peers(wire.format ? from.size() : 0);
-  const auto set_peers = [&](int64_t first, int64_t count) {
-    for (size_t i = 0; i < peers.size(); ++i) peers[i] = part(*wire.format, from[i], n, first, count);
-  };
   if (wire.format && !wire.hadamard) {
-    set_peers(0, n);
+    std::vector<CanonicalView> peers;
+    for (const std::byte* unit : from) peers.push_back(part(*wire.format, unit, n, 0, n));
     codec::dequantize_sum(peers, divisor, row(to, to_dtype, n), executor);
     return;
   }
-  const int64_t band = band_of(wire);
-  std::vector<float> sum(static_cast<size_t>(std::min(band, n)));
-  for_bands(n, band, [&](int64_t first, int64_t count) {
-    if (wire.format) {
-      set_peers(first, count);
-      dequantize_sum(peers, row(sum.data(), DType::f32, count), executor);
-      hadamard_all(sum.data(), count, executor);
-    } else {
-      executor.parallel_for(count, kGrain, [&](int64_t begin, int64_t end) {
-        float* const out = sum.data() + begin;
-        widen(at(from[0], dtype, first + begin), dtype, end - begin, out);
-        for (const std::byte* unit : from.subspan(1)) add(at(unit, dtype, first + begin), dtype, end - begin, out);
-      });
+  for_bands(wire, n, executor, [&](int64_t first, int64_t count) {
+    Serial serial;
+    alignas(64) Band sum, values;
+    const codec::Table& kernels = codec::table();
+    const auto get = [&](const std::byte* unit, Band& out) {
+      if (wire.format) {
+        dequantize(part(*wire.format, unit, n, first, count), row(out.data(), DType::f32, count), serial);
+      } else {
+        kernels.widen(at(unit, dtype, first), codec::source_of(dtype, "from"), count, out.data());
+      }
+    };
+    get(from[0], sum);
+    for (const std::byte* unit : from.subspan(1)) {
+      get(unit, values);
+      kernels.add(values.data(), count, sum.data());
     }
-    executor.parallel_for(count, kGrain, [&](int64_t begin, int64_t end) {
-      codec::store_quotients(sum.data() + begin, end - begin, divisor, to_dtype, at(to, to_dtype, first + begin));
-    });
+    if (wire.hadamard) hadamard(sum.data(), count);
+    kernels.narrow(sum.data(), count, static_cast<float>(divisor), codec::source_of(to_dtype, "to"),
+                   at(to, to_dtype, first));
   });
 }
 

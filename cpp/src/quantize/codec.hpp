@@ -106,6 +106,14 @@ struct Table {
   // writes ceil(n * bits / 8) bytes; unpack reads those and writes whole blocks.
   void (*pack)(const uint8_t* codes, int64_t n, int bits, uint8_t* out);
   void (*unpack)(const uint8_t* packed, int64_t n, int bits, uint8_t* codes);
+
+  // to[i] = from[i], of any type, as a float; to[i] += from[i]; to[i] = from[i] / divisor, rounded to the type.
+  void (*widen)(const void* from, Source type, int64_t n, float* to);
+  void (*add)(const float* from, int64_t n, float* to);
+  void (*narrow)(const float* from, int64_t n, float divisor, Source type, void* to);
+  // Blocks of 64 floats, each multiplied by a Hadamard matrix, in place: x = H x / 8. Neighbours are added and
+  // subtracted first, then those 2, 4, 8, 16 and 32 apart, and the result is multiplied by 1/8.
+  void (*hadamard)(float* x, int64_t blocks);
 };
 
 extern const Table kPortable;

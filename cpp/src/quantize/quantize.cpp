@@ -1,7 +1,4 @@
-// quantize and dequantize: matrices cut into runs for the codec's kernels, checked here and nowhere below.
-//
-// A run is a whole number of groups and of blocks of 64 codes of one row, so runs write separate bytes and can go to
-// any thread. Scratch is on the stack (about 50 KB a thread). The result does not depend on the number of threads.
+// quantize: matrices cut into runs for the codec's kernels, checked here and nowhere below.
 #include "narrowgauge/quantize.hpp"
 
 #include <algorithm>
@@ -10,12 +7,12 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <numeric>
 
 #include "narrowgauge/device.hpp"
 #include "narrowgauge/error.hpp"
 #include "quantize/arguments.hpp"
 #include "quantize/codec.hpp"
+#include "quantize/run.hpp"
 #include "quantize/stochastic.hpp"
 
 namespace ng {
@@ -25,7 +22,8 @@ using codec::check_canonical;
 using codec::check_dense;
 using codec::kBlock;
 using codec::kRun;
-using codec::kSpread;
+using codec::run_length;
+using codec::Scales;
 using codec::Source;
 using codec::source_of;
 
@@ -37,55 +35,6 @@ constexpr std::array<int, 20> kMultiples{64, 80, 76, 72, 70, 68, 66, 62, 60, 58,
                                          56, 54, 52, 50, 48, 46, 44, 40, 36, 32};
 
 // --- quantize -------------------------------------------------------------------------------------------------
-
-// Elements of a run: whole groups and whole blocks of 64 codes. A format without groups is cut anywhere.
-int64_t run_length(const Format& format) {
-  if (format.group == 0) return kRun;
-  const int64_t unit = std::lcm(int64_t{format.group}, kBlock);
-  return kRun / unit * unit;
-}
-
-// Elements for which the kernels see one scale, as a power of two: whole blocks where groups allow it.
-int spread_shift(int64_t group) { return group % kBlock == 0 ? 6 : 4; }
-
-// The scales of a run's groups and their zero points, and the same spread for the kernels.
-struct Scales {
-  static constexpr size_t kMost = kRun / kSpread;
-  // Vectors are written whole, so the last may run over.
-  template <typename T>
-  using Array = std::array<T, kMost + kSpread>;
-
-  alignas(64) std::array<std::byte, 4 * kMost> stored;
-  Array<float> scale, inverse, inverse_low;
-  Array<int32_t> zero;
-  Array<float> spread_scale, spread_inverse, spread_inverse_low;
-  Array<int32_t> spread_zero;
-  codec::Division division = codec::Division::plain;
-
-  codec::ScaleArrays arrays() { return {scale.data(), inverse.data(), inverse_low.data()}; }
-
-  // pre: entries for `count` groups of `group` elements, of a run of n.
-  codec::Spread spread(const codec::Table& table, int64_t count, int64_t group, int64_t n, bool zeros,
-                       bool reciprocals) {
-    const int shift = spread_shift(group);
-    const int64_t unit = int64_t{1} << shift;
-    const int64_t step = (std::min(group, n) + unit - 1) / unit;
-    const auto each = [&](const Array<float>& from, Array<float>& to) {
-      if (step == 1) return from.data();
-      table.spread(from.data(), count, step, to.data());
-      return static_cast<const float*>(to.data());
-    };
-    for (int64_t g = 0; zeros && g < count; ++g) {
-      std::fill_n(spread_zero.begin() + g * step, step, zero[static_cast<size_t>(g)]);
-    }
-    return {shift,
-            each(scale, spread_scale),
-            reciprocals ? each(inverse, spread_inverse) : nullptr,
-            reciprocals ? each(inverse_low, spread_inverse_low) : nullptr,
-            spread_zero.data(),
-            division};
-  }
-};
 
 struct Range {
   float low = 0, high = 0;  // uintN
@@ -348,19 +297,22 @@ class Quantizer {
   // Codes of a run whose scales are known, those of groups of `group` elements, spread.
   void encode(int64_t row, int64_t begin, const Run& run, int64_t group, const Scales& scales,
               const codec::Spread& spread, const void* next) const {
-    alignas(64) std::array<uint8_t, kRun> codes;
+    alignas(64) std::array<uint8_t, kRun> unpacked;
+    uint8_t* const packed = out_.codes + row * row_bytes_ + begin / 8 * element_.bits;
+    const bool in_place = element_.bits == 8 && run.n % kBlock == 0;
+    uint8_t* const codes = in_place ? packed : unpacked.data();
     if (options_.stochastic) {
-      std::fill(codes.begin(), codes.end(), uint8_t{0});
+      std::fill_n(codes, (run.n + kBlock - 1) / kBlock * kBlock, uint8_t{0});
       encode_stochastic(static_cast<const float*>(run.data), run.n, options_.first_index + row * weights_.cols + begin,
-                        options_.seed, element_, spread, codes.data());
+                        options_.seed, element_, spread, codes);
     } else {
-      table_.encode(run.data, run.type, run.n, element_, spread, codes.data(), next);
+      table_.encode(run.data, run.type, run.n, element_, spread, codes, next);
     }
     for (int64_t g = 0; g * group < run.n; ++g) {
       if (scales.inverse[static_cast<size_t>(g)] != 0) continue;
-      std::fill(codes.begin() + g * group, codes.begin() + std::min((g + 1) * group, run.n), uint8_t{0});
+      std::fill(codes + g * group, codes + std::min((g + 1) * group, run.n), uint8_t{0});
     }
-    table_.pack(codes.data(), run.n, element_.bits, out_.codes + row * row_bytes_ + begin / 8 * element_.bits);
+    if (!in_place) table_.pack(codes, run.n, element_.bits, packed);
   }
 
   void group_run(int64_t row, int64_t run_index) {
@@ -520,44 +472,6 @@ void quantize(const TensorView& weights, const CanonicalView& out, const Quantiz
     return;
   }
   Quantizer(matrix, type, out, options)(executor);
-}
-
-void dequantize(const CanonicalView& matrix, const TensorView& out, Executor& executor) {
-  check_canonical(matrix);
-  const Source type = source_of(out.dtype, "out");
-  const MatrixView dense = check_dense(out, "out", matrix);
-  if (dense.rows == 0 || dense.cols == 0) return;
-
-  const Format& format = matrix.format;
-  const codec::Table& kernels = codec::table();
-  const codec::Element element = codec::element_of(format.element, false);
-  const bool has_zeros = format.element.has_zero_point();
-  const int64_t row_bytes = format.row_bytes(matrix.cols), groups = format.groups(matrix.cols);
-  const int64_t length = run_length(format), runs = (matrix.cols + length - 1) / length;
-  const int64_t group = format.group == 0 ? kRun : format.group;
-  const auto scale_size = static_cast<int64_t>(scale_bytes(format.scale));
-  const auto out_size = static_cast<int64_t>(dtype_bytes(dense.dtype));
-  const float global = format.has_global_scale() ? *matrix.global_scale : 1.0f;
-
-  executor.parallel_for(
-      matrix.rows * runs, std::max<int64_t>(1, kGrain / std::min(length, matrix.cols)),
-      [&](int64_t first, int64_t last) {
-        alignas(64) std::array<uint8_t, kRun> codes;
-        Scales scales;
-        for (int64_t unit = first; unit < last; ++unit) {
-          const int64_t row = unit / runs, begin = unit % runs * length;
-          const int64_t n = std::min(length, matrix.cols - begin);
-          const int64_t count = (n + group - 1) / group;
-          const int64_t at = row * groups + (format.group == 0 ? 0 : begin / group);
-          kernels.scale_values(static_cast<const std::byte*>(matrix.scales) + at * scale_size,
-                               static_cast<codec::Scale>(format.scale), count, global, scales.scale.data());
-          for (int64_t g = 0; has_zeros && g < count; ++g) scales.zero[static_cast<size_t>(g)] = matrix.zeros[at + g];
-          const codec::Spread spread = scales.spread(kernels, count, group, n, has_zeros, false);
-          kernels.unpack(matrix.codes + row * row_bytes + begin / 8 * element.bits, n, element.bits, codes.data());
-          kernels.decode(codes.data(), n, element, spread, type,
-                         static_cast<std::byte*>(dense.data) + (row * dense.row_stride + begin) * out_size);
-        }
-      });
 }
 
 QTensor QTensor::quantize(const TensorView& weights, const Format& format, const QuantizeOptions& options,

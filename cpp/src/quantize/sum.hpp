@@ -10,7 +10,4 @@ namespace ng::codec {
 // As dequantize_sum, and divides the sums by `divisor`, in f32, before they are rounded to the output's type.
 void dequantize_sum(std::span<const CanonicalView> peers, int divisor, const TensorView& out, Executor& executor);
 
-// to[i] = from[i] / divisor, rounded to f32, f16 or bf16.
-void store_quotients(const float* from, int64_t n, int divisor, DType dtype, void* to);
-
 }  // namespace ng::codec

@@ -1,4 +1,5 @@
-// The codec in AVX2's vectors of eight floats; codes are packed by BMI2's bit extract and deposit.
+// The codec in AVX2's vectors of eight floats; codes of 4 and 8 bits are packed in them too, others by BMI2's bit
+// extract and deposit.
 #include <immintrin.h>
 
 #include "quantize/codec.hpp"
@@ -63,6 +64,17 @@ constexpr uint64_t kEachCode = (uint64_t{0xff} >> (8 - kBits)) * 0x0101010101010
 
 template <int kBits>
 void pack_block(const uint8_t* codes, uint8_t* out) {
+  if constexpr (kBits == 8) {
+    __builtin_memcpy(out, codes, kBlock);
+    return;
+  }
+  if constexpr (kBits == 4) {
+    const __m256i join = _mm256_set1_epi16(0x1001);  // neighbours a and b to a + 16 b
+    const __m256i low = _mm256_maddubs_epi16(_mm256_loadu_si256((const __m256i*)codes), join);
+    const __m256i high = _mm256_maddubs_epi16(_mm256_loadu_si256((const __m256i*)(codes + 32)), join);
+    _mm256_storeu_si256((__m256i*)out, _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xd8));
+    return;
+  }
   for (int i = 0; i < 8; ++i) {
     uint64_t x;
     __builtin_memcpy(&x, codes + 8 * i, 8);
@@ -73,12 +85,30 @@ void pack_block(const uint8_t* codes, uint8_t* out) {
 
 template <int kBits>
 void unpack_block(const uint8_t* packed, uint8_t* codes) {
+  if constexpr (kBits == 8) {
+    __builtin_memcpy(codes, packed, kBlock);
+    return;
+  }
+  if constexpr (kBits == 4) {
+    for (int i = 0; i < 2; ++i) {
+      const __m256i x = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(packed + 16 * i)));
+      const __m256i both = _mm256_or_si256(x, _mm256_slli_epi16(x, 4));
+      _mm256_storeu_si256((__m256i*)(codes + 32 * i), _mm256_and_si256(both, _mm256_set1_epi8(15)));
+    }
+    return;
+  }
   for (int i = 0; i < 8; ++i) {
     uint64_t x = 0;
     __builtin_memcpy(&x, packed + kBits * i, kBits);
     x = _pdep_u64(x, kEachCode<kBits>);
     __builtin_memcpy(codes + 8 * i, &x, 8);
   }
+}
+
+template <int kDistance>
+inline F exchanged(F x) {
+  return __builtin_shufflevector(x, x, 0 ^ kDistance, 1 ^ kDistance, 2 ^ kDistance, 3 ^ kDistance, 4 ^ kDistance,
+                                 5 ^ kDistance, 6 ^ kDistance, 7 ^ kDistance);
 }
 
 constexpr bool kLookup = false;
@@ -88,6 +118,7 @@ struct Lookup;
 
 }  // namespace
 
-const Table kAvx2 = {absmax, range, scales, scale_values, spread, encode, decode, errors, pack, unpack};
+const Table kAvx2 = {absmax, range, scales, scale_values, spread, encode, decode,
+                     errors, pack,  unpack, widen,        add,    narrow, hadamard};
 
 }  // namespace ng::codec

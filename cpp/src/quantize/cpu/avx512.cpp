@@ -96,6 +96,14 @@ void unpack_block(const uint8_t* packed, uint8_t* codes) {
   _mm512_storeu_si512(codes, x);
 }
 
+template <int kDistance>
+inline F exchanged(F x) {
+  return __builtin_shufflevector(x, x, 0 ^ kDistance, 1 ^ kDistance, 2 ^ kDistance, 3 ^ kDistance, 4 ^ kDistance,
+                                 5 ^ kDistance, 6 ^ kDistance, 7 ^ kDistance, 8 ^ kDistance, 9 ^ kDistance,
+                                 10 ^ kDistance, 11 ^ kDistance, 12 ^ kDistance, 13 ^ kDistance, 14 ^ kDistance,
+                                 15 ^ kDistance);
+}
+
 // The bf16 values of fp codes, 32 at a time in 16-bit lanes: a table of 32 for the low codes, among them all subnormal
 // ones, and a shift and an addition for the others.
 constexpr bool kLookup = true;
@@ -139,6 +147,7 @@ class Lookup {
 
 }  // namespace
 
-const Table kAvx512 = {absmax, range, scales, scale_values, spread, encode, decode, errors, pack, unpack};
+const Table kAvx512 = {absmax, range, scales, scale_values, spread, encode, decode,
+                       errors, pack,  unpack, widen,        add,    narrow, hadamard};
 
 }  // namespace ng::codec

@@ -11,6 +11,7 @@
 //   widen_halves, narrow_halves       16 16-bit numbers to and from vectors of 32-bit lanes
 //   Lookup, kLookup                   whether there is a faster way from fp codes to bf16 pairs: see avx512.cpp
 //   pack_block<N>, unpack_block<N>    64 codes of N bits, one a byte, to and from 8 N bytes
+//   exchanged<D>(F)                   lane i has what lane i ^ D had
 //
 // and the vectors F, I, U and H of kLanes float, int32_t, uint32_t and uint16_t. Every operation is an IEEE one on its
 // own (no contraction), so all instruction sets agree bit for bit.
@@ -82,6 +83,20 @@ inline void split_pairs(U pairs, F* even, F* odd) {
   }
 }
 
+// 16-bit floats in 32-bit lanes.
+template <Source kType>
+inline U narrowed(F x) {
+  const U bits = (U)x;
+  const I magnitude = (I)(bits & (uint32_t)kMagnitude);
+  if constexpr (kType == Source::bf16) {
+    const U rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return magnitude > kInfBits ? bits >> 16 | 0x40 : rounded;
+  } else {
+    const I rounded = floating_code(magnitude, kHalf);  // saturating at 2^16 gives the code of infinity
+    return (bits >> 16 & 0x8000) | (U)(magnitude > kInfBits ? splat(0x7e00) : rounded);
+  }
+}
+
 template <Source kType>
 inline U join_pairs(F even, F odd) {
   if constexpr (kType == Source::bf16) {
@@ -90,12 +105,7 @@ inline U join_pairs(F even, F odd) {
     const U low = e + 0x7fff + ((e >> 16) & 1), high = o + 0x7fff + ((o >> 16) & 1);
     return (low >> 16) | (high & 0xffff0000u);
   } else {
-    const auto half = [](F x) {
-      const I magnitude = bits_of(x) & kMagnitude;
-      const I rounded = floating_code(magnitude, kHalf);  // saturating at 2^16 gives the code of infinity
-      return (U)((I)((U)bits_of(x) >> 16 & 0x8000) | (magnitude > kInfBits ? splat(0x7e00) : rounded));
-    };
-    return half(even) | half(odd) << 16;
+    return narrowed<kType>(even) | narrowed<kType>(odd) << 16;
   }
 }
 
@@ -490,6 +500,112 @@ void spread(const float* from, int64_t count, int64_t step, float* out) {
   for (int64_t g = 0; g < count; ++g) {
     const F value = splat(from[g]);
     for (int64_t i = 0; i < step; i += kLanes) store(out + g * step + i, value);
+  }
+}
+
+// --- floats of other types ------------------------------------------------------------------------------------
+
+constexpr int64_t kHalves = kSpread / kLanes;  // vectors of 16 elements
+
+template <Source kType>
+void widen_run(const uint8_t* from, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; i += kSpread) {
+    const int64_t rest = n - i < kSpread ? n - i : kSpread;
+    uint8_t padded[2 * kSpread] = {};
+    float widened[kSpread];
+    if (rest < kSpread) __builtin_memcpy(padded, from + 2 * i, (size_t)(2 * rest));
+    float* const out = rest < kSpread ? widened : to + i;
+    U block[kHalves];
+    widen_halves(rest < kSpread ? padded : from + 2 * i, block);
+    for (int64_t v = 0; v < kHalves; ++v) {
+      F even, odd;
+      split_pairs<kType>(block[v], &even, &odd);
+      store(out + v * kLanes, even);
+    }
+    if (rest < kSpread) __builtin_memcpy(to + i, widened, (size_t)rest * sizeof(float));
+  }
+}
+
+template <Source kType>
+void narrow_run(const float* from, int64_t n, float divisor, uint8_t* to) {
+  constexpr int64_t kSize = size_of(kType);
+  for (int64_t i = 0; i < n; i += kSpread) {
+    const int64_t rest = n - i < kSpread ? n - i : kSpread;
+    float padded[kSpread] = {};
+    uint8_t short_[kSpread * kSize];
+    if (rest < kSpread) __builtin_memcpy(padded, from + i, (size_t)rest * sizeof(float));
+    const float* const in = rest < kSpread ? padded : from + i;
+    uint8_t* const out = rest < kSpread ? short_ : to + i * kSize;
+    U block[kHalves];
+    for (int64_t v = 0; v < kHalves; ++v) {
+      const F quotient = load<F>(in + v * kLanes) / divisor;
+      if constexpr (kType == Source::f32) {
+        store(out + v * kLanes * kSize, quotient);
+      } else {
+        block[v] = narrowed<kType>(quotient);
+      }
+    }
+    if constexpr (kType != Source::f32) narrow_halves(out, block);
+    if (rest < kSpread) __builtin_memcpy(to + i * kSize, short_, (size_t)(rest * kSize));
+  }
+}
+
+void widen(const void* from, Source type, int64_t n, float* to) {
+  const auto* bytes = (const uint8_t*)from;
+  switch (type) {
+    case Source::f32: __builtin_memcpy(to, from, (size_t)n * sizeof(float)); return;
+    case Source::f16: return widen_run<Source::f16>(bytes, n, to);
+    case Source::bf16: return widen_run<Source::bf16>(bytes, n, to);
+  }
+}
+
+void add(const float* from, int64_t n, float* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(to + i, load<F>(to + i) + load<F>(from + i));
+  for (; i < n; ++i) to[i] += from[i];
+}
+
+void narrow(const float* from, int64_t n, float divisor, Source type, void* to) {
+  auto* bytes = (uint8_t*)to;
+  switch (type) {
+    case Source::f32: return narrow_run<Source::f32>(from, n, divisor, bytes);
+    case Source::f16: return narrow_run<Source::f16>(from, n, divisor, bytes);
+    case Source::bf16: return narrow_run<Source::bf16>(from, n, divisor, bytes);
+  }
+}
+
+// --- Hadamard blocks ------------------------------------------------------------------------------------------
+
+// The step in which elements D apart are added and subtracted, within a vector and between vectors.
+template <int kDistance>
+inline void butterflies(F* x) {
+  if constexpr (kDistance < kLanes) {
+    int32_t high[kLanes];
+    for (int i = 0; i < kLanes; ++i) high[i] = (i & kDistance) != 0 ? ~kMagnitude : 0;
+    const I sign = load<I>(high);
+    for (int64_t v = 0; v < kVectors; ++v) x[v] = exchanged<kDistance>(x[v]) + float_of(bits_of(x[v]) ^ sign);
+  } else {
+    constexpr int kApart = kDistance / kLanes;
+    for (int64_t v = 0; v < kVectors; ++v) {
+      if ((v & kApart) != 0) continue;
+      const F sum = x[v] + x[v + kApart];
+      x[v + kApart] = x[v] - x[v + kApart];
+      x[v] = sum;
+    }
+  }
+}
+
+void hadamard(float* x, int64_t blocks) {
+  for (; blocks > 0; --blocks, x += kBlock) {
+    F block[kVectors];
+    for (int64_t v = 0; v < kVectors; ++v) block[v] = load<F>(x + v * kLanes);
+    butterflies<1>(block);
+    butterflies<2>(block);
+    butterflies<4>(block);
+    butterflies<8>(block);
+    butterflies<16>(block);
+    butterflies<32>(block);
+    for (int64_t v = 0; v < kVectors; ++v) store(x + v * kLanes, block[v] * 0.125f);
   }
 }
 

@@ -106,6 +106,11 @@ void unpack_block(const uint8_t* packed, uint8_t* codes) {
   }
 }
 
+template <int kDistance>
+inline F exchanged(F x) {
+  return __builtin_shufflevector(x, x, 0 ^ kDistance, 1 ^ kDistance, 2 ^ kDistance, 3 ^ kDistance);
+}
+
 constexpr bool kLookup = false;
 struct Lookup;
 
@@ -113,6 +118,7 @@ struct Lookup;
 
 }  // namespace
 
-const Table kPortable = {absmax, range, scales, scale_values, spread, encode, decode, errors, pack, unpack};
+const Table kPortable = {absmax, range, scales, scale_values, spread, encode, decode,
+                         errors, pack,  unpack, widen,        add,    narrow, hadamard};
 
 }  // namespace ng::codec
