@@ -14,6 +14,7 @@
 
 #include "bindings.hpp"
 #include "narrowgauge/error.hpp"
+#include "pool.hpp"
 #include "tensor_view.hpp"
 
 namespace ng::python {
@@ -147,6 +148,14 @@ Reduction reduction_of(std::string_view text) {
   return text == "sum" ? Reduction::sum : Reduction::mean;
 }
 
+CollectiveKind kind_of(std::string_view text) {
+  if (text == "all_gather") return CollectiveKind::all_gather;
+  if (text == "reduce_scatter") return CollectiveKind::reduce_scatter;
+  NG_CHECK(text == "all_reduce", InvalidArgument, "collective is '", text,
+           "', expected 'all_gather', 'reduce_scatter' or 'all_reduce'");
+  return CollectiveKind::all_reduce;
+}
+
 // reduce_scatter or all_reduce.
 using Reduce = Pending (Communicator::*)(const TensorView&, const TensorView&, Reduction, const CollectiveOptions&,
                                          const TensorView*);
@@ -183,8 +192,37 @@ void bind_collective(nb::module_& module) {
       .def(
           "__init__",
           [](CollectiveOptions* self, const Wire& how, const Wire& inside, int chunks, int64_t chunk_bytes,
-             uint64_t seed) { new (self) CollectiveOptions{how, inside, chunks, chunk_bytes, seed}; },
-          "wire"_a, "inside"_a, "chunks"_a, "chunk_bytes"_a, "seed"_a);
+             uint64_t seed, int64_t exact_below) {
+            new (self) CollectiveOptions{how, inside, chunks, chunk_bytes, seed, exact_below};
+          },
+          "wire"_a, "inside"_a, "chunks"_a, "chunk_bytes"_a, "seed"_a, "exact_below"_a);
+  module.attr("EXACT_BELOW") = kExactBelow;
+
+  nb::class_<CollectivePlan> plan(module, "CollectivePlan", nb::is_final());
+  plan.attr("__module__") = "narrowgauge";
+  plan.def_ro("wire", &CollectivePlan::wire)
+      .def_ro("inside", &CollectivePlan::inside)
+      .def_ro("reason", &CollectivePlan::reason)
+      .def_ro("chunks", &CollectivePlan::chunks)
+      .def_ro("sent_bytes", &CollectivePlan::sent_bytes)
+      .def_ro("sent_across", &CollectivePlan::sent_across)
+      .def("__str__", &CollectivePlan::str)
+      .def("__repr__", [](const CollectivePlan& self) { return "CollectivePlan(" + self.str() + ")"; });
+  module.def(
+      "plan_collective",
+      [](std::string_view collective, int64_t numel, std::string_view dtype, int ranks, int node_size,
+         const CollectiveOptions& options) {
+        return plan_collective(kind_of(collective), numel, dtype_named(dtype), ranks, node_size, options);
+      },
+      "collective"_a, "numel"_a, "dtype"_a, "ranks"_a, "node_size"_a, "options"_a);
+
+  nb::class_<SecondaryShard>(module, "SecondaryShard")
+      .def(
+          "__init__", [](SecondaryShard* self, nb::handle pool) { new (self) SecondaryShard(host_pool_of(pool)); },
+          "pool"_a.none())
+      .def_prop_ro("is_filled", &SecondaryShard::is_filled)
+      .def_prop_ro("nbytes", &SecondaryShard::nbytes)
+      .def("invalidate", &SecondaryShard::invalidate);
 
   // What it reads and writes is kept alive by the Python object that has it.
   nb::class_<Pending>(module, "Pending").def("wait", &Pending::wait, nb::call_guard<nb::gil_scoped_release>());
@@ -197,12 +235,13 @@ void bind_collective(nb::module_& module) {
       .def_prop_ro("transport", [](const Communicator& self) { return self.transport().name(); })
       .def(
           "all_gather",
-          [](Communicator& self, nb::handle shard, nb::handle out, const CollectiveOptions& options) {
+          [](Communicator& self, nb::handle shard, nb::handle out, const CollectiveOptions& options,
+             SecondaryShard* secondary) {
             const BorrowedTensor from(shard, "shard"), to(out, "out", Access::write);
             const nb::gil_scoped_release release;
-            return self.all_gather(from.view(), to.view(), options);
+            return self.all_gather(from.view(), to.view(), options, secondary);
           },
-          "shard"_a, "out"_a, "options"_a)
+          "shard"_a, "out"_a, "options"_a, "secondary"_a.none())
       .def(
           "all_gather_codes",
           [](Communicator& self, nb::handle shard, nb::handle codes, nb::handle scales, nb::handle zeros, int64_t rows,
@@ -237,13 +276,14 @@ void bind_collective(nb::module_& module) {
 
   module.def(
       "communicator",
-      [](nb::object transport, int node_size) {
+      [](nb::object transport, int node_size, nb::handle pool) {
         std::shared_ptr<Transport> native;
         if (!nb::try_cast(transport, native)) native = std::make_shared<PyTransport>(std::move(transport));
+        std::shared_ptr<Pool> memory = host_pool_of(pool);
         const nb::gil_scoped_release release;
-        return Communicator(std::move(native), node_size);
+        return Communicator(std::move(native), node_size, default_executor(), std::move(memory));
       },
-      "transport"_a, "node_size"_a);
+      "transport"_a, "node_size"_a, "pool"_a.none());
   module.def(
       "in_process_transports",
       [](int size, double timeout) {

@@ -75,6 +75,10 @@ class PyHostPool {
 
 }  // namespace
 
+std::shared_ptr<Pool> host_pool_of(nb::handle pool) {
+  return pool.is_none() ? nullptr : nb::cast<const PyHostPool&>(pool).pool();
+}
+
 std::shared_ptr<Pool> counted(std::shared_ptr<Pool> pool, std::optional<size_t> limit) {
   pool = std::make_shared<StatisticsPool>(std::move(pool));
   if (limit) pool = std::make_shared<LimitPool>(std::move(pool), *limit);

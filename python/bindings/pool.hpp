@@ -17,6 +17,9 @@ namespace ng::python {
 namespace nb = nanobind;
 
 // With counts, and perhaps a limit; that is outermost, so that its error shows the peak.
+// That of narrowgauge's HostPool, an object of Python; null for None. Throws TypeError's exception otherwise.
+std::shared_ptr<Pool> host_pool_of(nb::handle pool);
+
 std::shared_ptr<Pool> counted(std::shared_ptr<Pool> pool, std::optional<size_t> limit);
 
 // The fields of the pool's PoolStatistics by their names.

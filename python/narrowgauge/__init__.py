@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from narrowgauge import _native
 from narrowgauge._native import FileTier, Format, Tensor, Wire, format_aliases, set_threads, threads
-from narrowgauge.collective import Communicator
+from narrowgauge.collective import Communicator, SecondaryShard
 from narrowgauge.errors import (
     CheckpointCorrupt,
     CheckpointError,
@@ -86,6 +86,7 @@ __all__ = [
     "PoolStatistics",
     "QTensor",
     "QuantizeReport",
+    "SecondaryShard",
     "Tensor",
     "TransportError",
     "Wire",

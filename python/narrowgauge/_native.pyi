@@ -106,15 +106,40 @@ class Pending:
 
 class Transport: ...
 
+EXACT_BELOW: int
+
 class CollectiveOptions:
-    def __init__(self, wire: Wire, inside: Wire, chunks: int, chunk_bytes: int, seed: int) -> None: ...
+    def __init__(
+        self, wire: Wire, inside: Wire, chunks: int, chunk_bytes: int, seed: int, exact_below: int
+    ) -> None: ...
+
+@final
+class CollectivePlan:
+    wire: Wire
+    inside: Wire
+    reason: str
+    chunks: int
+    sent_bytes: int
+    sent_across: int
+
+def plan_collective(
+    collective: str, numel: int, dtype: str, ranks: int, node_size: int, options: CollectiveOptions
+) -> CollectivePlan: ...
+
+class SecondaryShard:
+    is_filled: bool
+    nbytes: int
+    def __init__(self, pool: HostPool | None) -> None: ...
+    def invalidate(self) -> None: ...
 
 class Communicator:
     rank: int
     size: int
     node_size: int
     transport: str
-    def all_gather(self, shard: Any, out: Any, options: CollectiveOptions) -> Pending: ...
+    def all_gather(
+        self, shard: Any, out: Any, options: CollectiveOptions, secondary: SecondaryShard | None
+    ) -> Pending: ...
     def all_gather_codes(
         self,
         shard: Any,
@@ -133,7 +158,7 @@ class Communicator:
         self, input: Any, input_numels: list[int], out: Any, out_numels: list[int], options: CollectiveOptions
     ) -> Pending: ...
 
-def communicator(transport: Any, node_size: int) -> Communicator: ...
+def communicator(transport: Any, node_size: int, pool: HostPool | None) -> Communicator: ...
 def in_process_transports(size: int, timeout: float) -> list[Transport]: ...
 def isa() -> str: ...
 def force_isa(name: str) -> None: ...

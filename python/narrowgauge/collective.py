@@ -9,11 +9,13 @@ result gets the same bits, every time. A NaN or an infinity arrives as NaN.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Generic, TypeVar
 
 from narrowgauge import _arrays, _native
 from narrowgauge._arrays import Array
-from narrowgauge._native import Format, Wire
+from narrowgauge._native import EXACT_BELOW, CollectivePlan, Format, Wire
+from narrowgauge.memory import HostPool
 from narrowgauge.qtensor import QTensor
 
 WireLike = Wire | Format | str | None
@@ -30,13 +32,70 @@ def as_wire(wire: WireLike) -> Wire:
     return Wire(None if wire is None else Format(wire))
 
 
+def plan(
+    collective: str,
+    numel: int,
+    dtype: str,
+    wire: WireLike,
+    *,
+    size: int,
+    node_size: int = 0,
+    inside: WireLike = None,
+    chunks: int = CHUNKS,
+    chunk_bytes: int = CHUNK_BYTES,
+    exact_below: int = EXACT_BELOW,
+) -> CollectivePlan:
+    """How "all_gather", "reduce_scatter" or "all_reduce" is done with a tensor by `size` ranks: a function of its
+    arguments alone, so all ranks decide alike.
+
+    numel: of the whole tensor: what all_gather gives, what the others take. dtype: "float32", "float16" or "bfloat16".
+    Elements travel as they are, and results are exact, if the wires say so, or the tensor has fewer than `exact_below`
+    bytes, or there is one rank (unless exact_below is 0); else they travel in the Formats of the wires.
+
+    The plan has `wire`, `inside`, the `reason`, `chunks`, and `sent_bytes` by rank 0, of which `sent_across` to other
+    nodes; str() makes a line of it.
+    """
+    options = _options(wire, inside, chunks, chunk_bytes, 0, exact_below)
+    return _native.plan_collective(collective, numel, dtype, size, node_size, options)
+
+
+class SecondaryShard:
+    """This rank's part of a tensor that was gathered, kept as it travelled, so that the ranks of a node can have all of
+    it again without the other nodes (hpZ of ZeRO++).
+
+    >>> secondary = ng.SecondaryShard(pool)
+    >>> weights = comm.all_gather(shard, "int8:g64:bf16", secondary=secondary)  # from all nodes
+    >>> weights = comm.all_gather(shard, "int8:g64:bf16", secondary=secondary)  # from this one
+    >>> optimizer.step(); secondary.invalidate()
+
+    It takes numel / node_size elements in the wire's Format, from `pool`: a HostPool, perhaps with a limit, or None for
+    one of its own. Used by one thread at a time.
+    """
+
+    def __init__(self, pool: HostPool | None = None) -> None:
+        self._native = _native.SecondaryShard(None if pool is None else pool._pool)
+
+    @property
+    def is_filled(self) -> bool:
+        return self._native.is_filled
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, filled or not."""
+        return self._native.nbytes
+
+    def invalidate(self) -> None:
+        """The tensor has changed: the next all_gather fills it again, in the same memory. All ranks call it."""
+        self._native.invalidate()
+
+
 class Pending(Generic[Result]):
     """A collective that was started: wait() returns its result. Ranks wait in the order in which they started.
 
     It keeps its tensors alive; they must not be written before wait() has returned.
     """
 
-    def __init__(self, pending: _native.Pending, result: Result, tensors: tuple[Array, ...]) -> None:
+    def __init__(self, pending: _native.Pending, result: Result, tensors: tuple[Any, ...]) -> None:
         self._pending, self._result, self._tensors = pending, result, tensors
 
     def wait(self) -> Result:
@@ -55,28 +114,33 @@ class Communicator:
     Communicator is used by one thread at a time.
 
     Every collective takes `async_op`: False waits and returns the result, True returns a Pending; and `chunks` and
-    `chunk_bytes`: so many, of at least so many bytes of elements, are on the wire while others are coded.
+    `chunk_bytes`: so many, of at least so many bytes of elements, are on the wire while others are coded. Tensors of
+    fewer than `exact_below` bytes (1 MiB) travel as they are, since that is faster, and their results are exact;
+    `exact_below=0` keeps to the wires. plan() says what is done.
     """
 
     def __init__(self, native: _native.Communicator) -> None:
         self._native = native
 
     @classmethod
-    def from_torch(cls, group: Any = None, node_size: int = 0) -> Communicator:
+    def from_torch(cls, group: Any = None, node_size: int = 0, *, pool: HostPool | None = None) -> Communicator:
         """The ranks of a torch.distributed process group (None: the default one), whose backend carries the bytes.
 
         node_size: ranks [0, node_size) of it are the first node, and so on; 0: no nodes. ValueError if it does not
         divide their number; ImportError without torch. A collective call. The group's timeout is that of collectives.
+        pool: memory for what is on the wire, None: a HostPool of its own, which keeps what it has had.
         """
         from narrowgauge._torch_transport import TorchTransport
 
         _arrays.library("torch")
-        return cls(_native.communicator(TorchTransport(group), node_size))
+        return cls(_native.communicator(TorchTransport(group), node_size, None if pool is None else pool._pool))
 
     @classmethod
     def in_process(cls, size: int, *, timeout: float = 300) -> list[Communicator]:
         """Ranks of this process without nodes, for tests and teaching: each is for a thread of its own."""
-        return [cls(_native.communicator(transport, 0)) for transport in _native.in_process_transports(size, timeout)]
+        return [
+            cls(_native.communicator(transport, 0, None)) for transport in _native.in_process_transports(size, timeout)
+        ]
 
     @property
     def rank(self) -> int:
@@ -95,6 +159,22 @@ class Communicator:
         nodes = f", nodes of {self.node_size}" if self.node_size else ""
         return f"Communicator(rank {self.rank} of {self.size}{nodes}, {self._native.transport})"
 
+    def plan(
+        self,
+        collective: str,
+        tensor: Array,
+        wire: WireLike,
+        *,
+        inside: WireLike = None,
+        chunks: int = CHUNKS,
+        chunk_bytes: int = CHUNK_BYTES,
+        exact_below: int = EXACT_BELOW,
+    ) -> CollectivePlan:
+        """How the collective of that name is done with its first argument: see narrowgauge.collective.plan. Local."""
+        numel = _numel(tensor) * (self.size if collective == "all_gather" else 1)
+        options = _options(wire, inside, chunks, chunk_bytes, 0, exact_below)
+        return _native.plan_collective(collective, numel, _name(tensor), self.size, self.node_size, options)
+
     def all_gather(
         self,
         shard: Array,
@@ -102,23 +182,32 @@ class Communicator:
         *,
         out: Array | None = None,
         inside: WireLike = None,
+        secondary: SecondaryShard | None = None,
         seed: int = 0,
         async_op: bool = False,
         chunks: int = CHUNKS,
         chunk_bytes: int = CHUNK_BYTES,
+        exact_below: int = EXACT_BELOW,
     ) -> Any:
         """The shards of all ranks, one behind the other along the first axis, in `out` or a new array of its dtype.
 
         What comes from another node has travelled by `wire` too when it goes on, so `inside` is not used.
+
+        secondary: with nodes, what keeps this tensor: if it is filled, what it holds is gathered within the node and
+        the shard's values are not read; else all is gathered and it is filled. On all ranks alike. ValueError without
+        nodes, or if it holds another kind of tensor; MemoryError beyond its pool's limit.
         """
         arrays = _arrays.library_of(shard, "shard")
         if out is None:
             first, rest = (shard.shape[0], shard.shape[1:]) if shard.ndim else (1, ())
             out = arrays.empty((self.size * first, *rest), _name(shard))
         pending = self._native.all_gather(
-            _borrowed(shard), _borrowed(out), _options(wire, inside, chunks, chunk_bytes, seed)
+            _borrowed(shard),
+            _borrowed(out),
+            _options(wire, inside, chunks, chunk_bytes, seed, exact_below),
+            None if secondary is None else secondary._native,
         )
-        return _result(pending, out, (shard, out), async_op)
+        return _result(pending, out, (shard, out, secondary), async_op)
 
     def all_gather_qtensor(
         self,
@@ -145,7 +234,7 @@ class Communicator:
         canonical = q._canonical = q._new_canonical()
         codes, scales, zeros, _ = q._borrow(canonical)
         pending = self._native.all_gather_codes(
-            _borrowed(shard), codes, scales, zeros, rows, cols, _options(wire, None, chunks, chunk_bytes, seed)
+            _borrowed(shard), codes, scales, zeros, rows, cols, _options(wire, None, chunks, chunk_bytes, seed, 0)
         )
         return _result(pending, q, (shard, canonical), async_op)
 
@@ -162,6 +251,7 @@ class Communicator:
         async_op: bool = False,
         chunks: int = CHUNKS,
         chunk_bytes: int = CHUNK_BYTES,
+        exact_below: int = EXACT_BELOW,
     ) -> Any:
         """This rank's part of the sum or "mean" of all inputs: of `size` equal parts along the first axis, its own.
 
@@ -176,7 +266,7 @@ class Communicator:
                 raise ValueError(f"input has shape {list(input.shape)}, expected a first axis that {self.size} divides")
             out = arrays.empty((input.shape[0] // self.size, *input.shape[1:]), _name(input))
         pending = self._native.reduce_scatter(
-            _borrowed(input), _borrowed(out), op, _options(wire, inside, chunks, chunk_bytes, seed), error
+            _borrowed(input), _borrowed(out), op, _options(wire, inside, chunks, chunk_bytes, seed, exact_below), error
         )
         return _result(pending, out, (input, out, error), async_op)
 
@@ -193,6 +283,7 @@ class Communicator:
         async_op: bool = False,
         chunks: int = CHUNKS,
         chunk_bytes: int = CHUNK_BYTES,
+        exact_below: int = EXACT_BELOW,
     ) -> Any:
         """The sum or "mean" of all inputs, the same bits on all ranks. `out` may be `input`. All is rounded twice.
 
@@ -202,7 +293,7 @@ class Communicator:
         if out is None:
             out = arrays.empty(tuple(input.shape), _name(input))
         pending = self._native.all_reduce(
-            _borrowed(input), _borrowed(out), op, _options(wire, inside, chunks, chunk_bytes, seed), error
+            _borrowed(input), _borrowed(out), op, _options(wire, inside, chunks, chunk_bytes, seed, exact_below), error
         )
         return _result(pending, out, (input, out, error), async_op)
 
@@ -221,17 +312,27 @@ class Communicator:
     ) -> Any:
         """Sends input_numels[i] elements, in their order, to each rank i; out_numels[i] come from it, into `out`."""
         pending = self._native.all_to_all(
-            _borrowed(input), input_numels, _borrowed(out), out_numels, _options(wire, None, chunks, chunk_bytes, seed)
+            _borrowed(input),
+            input_numels,
+            _borrowed(out),
+            out_numels,
+            _options(wire, None, chunks, chunk_bytes, seed, 0),
         )
         return _result(pending, out, (input, out), async_op)
 
 
-def _options(wire: WireLike, inside: WireLike, chunks: int, chunk_bytes: int, seed: int) -> _native.CollectiveOptions:
-    return _native.CollectiveOptions(as_wire(wire), as_wire(inside), chunks, chunk_bytes, seed)
+def _options(
+    wire: WireLike, inside: WireLike, chunks: int, chunk_bytes: int, seed: int, exact_below: int
+) -> _native.CollectiveOptions:
+    return _native.CollectiveOptions(as_wire(wire), as_wire(inside), chunks, chunk_bytes, seed, exact_below)
 
 
 def _borrowed(array: Array) -> Array:
     return array.detach() if _arrays.is_torch(array) else array
+
+
+def _numel(array: Array) -> int:
+    return math.prod(array.shape)
 
 
 def _name(array: Array) -> str:

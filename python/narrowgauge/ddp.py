@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from narrowgauge._native import EXACT_BELOW
 from narrowgauge.collective import Communicator, WireLike, as_wire
 
 
@@ -19,8 +20,11 @@ class State:
     error feedback what rounding has left, by bucket.
     """
 
-    def __init__(self, communicator: Communicator, wire: WireLike, inside: WireLike, error_feedback: bool) -> None:
+    def __init__(
+        self, communicator: Communicator, wire: WireLike, inside: WireLike, error_feedback: bool, exact_below: int
+    ) -> None:
         self.communicator = communicator
+        self.exact_below = exact_below
         self.wire = as_wire(wire)
         self.inside = as_wire(inside)
         self.error_feedback = error_feedback
@@ -50,15 +54,16 @@ def hook(
     inside: WireLike = None,
     node_size: int = 0,
     error_feedback: bool = False,
+    exact_below: int = EXACT_BELOW,
     group: Any = None,
 ) -> tuple[State, Callable[[State, Any], torch.futures.Future[torch.Tensor]]]:
     """The arguments of register_comm_hook: a bucket's gradients become the mean of all ranks', the same bits on all.
 
-    wire, inside, node_size and group as in Communicator; the group is the one that the model was wrapped with.
-    error_feedback: what rounding leaves is added to the next step's gradients; the state, the first of the two, has
-    state_dict() for it. A collective call.
+    wire, inside, exact_below, node_size and group as in Communicator; it is buckets that exact_below is about, and the
+    group is the one that the model was wrapped with. error_feedback: what rounding leaves is added to the next step's
+    gradients; the state, the first of the two, has state_dict() for it. A collective call.
     """
-    return State(Communicator.from_torch(group, node_size), wire, inside, error_feedback), _reduce
+    return State(Communicator.from_torch(group, node_size), wire, inside, error_feedback, exact_below), _reduce
 
 
 def _reduce(state: State, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
@@ -71,6 +76,7 @@ def _reduce(state: State, bucket: dist.GradBucket) -> torch.futures.Future[torch
         inside=state.inside,
         error=state.error(bucket),
         seed=state.calls,
+        exact_below=state.exact_below,
     )
     state.calls += 1
     future: torch.futures.Future[torch.Tensor] = torch.futures.Future()

@@ -23,7 +23,7 @@ def collectives(rank: int, size: int) -> None:
     wire = "int8:g64:bf16"
     for dtype, tolerance in ((torch.float32, 0.03), (torch.bfloat16, 0.06)):
         mine = inputs[rank].to(dtype)
-        options = {"chunk_bytes": 1000}
+        options = {"chunk_bytes": 1000, "exact_below": 0}
         gathered = comm.all_gather(mine, wire, **options)
         assert gathered.dtype == dtype
         torch.testing.assert_close(gathered.float(), torch.cat(inputs), rtol=0, atol=tolerance)
@@ -36,8 +36,8 @@ def collectives(rank: int, size: int) -> None:
         dist.all_gather(copies, everything)
         assert all(torch.equal(copy, everything) for copy in copies)
     # The bits are those of ranks within a process.
-    again = comm.all_reduce(inputs[rank], wire, op="mean", chunks=1)
-    torch.testing.assert_close(again, comm.all_reduce(inputs[rank], wire, op="mean", chunk_bytes=1000), rtol=0, atol=0)
+    again = comm.all_reduce(inputs[rank], wire, op="mean", chunks=1, exact_below=0)
+    torch.testing.assert_close(again, comm.all_reduce(inputs[rank], wire, op="mean", **options), rtol=0, atol=0)
     assert comm.all_gather(torch.empty(0)).shape == (0,)
     pieces = [index + 1 for index in range(size)]
     received = torch.empty(size * pieces[rank])
@@ -55,7 +55,7 @@ def nodes(rank: int, size: int) -> None:
     comm = ng.Communicator.from_torch(node_size=2)
     assert comm.node_size == 2
     inputs = [tensor(peer, 4, 500) for peer in range(size)]
-    options = {"wire": "int8:g64:bf16", "inside": "int8:g64:bf16"}
+    options = {"wire": "int8:g64:bf16", "inside": "int8:g64:bf16", "exact_below": 0}
     part = comm.reduce_scatter(inputs[rank], op="mean", **options)
     torch.testing.assert_close(part, (sum(inputs) / size).chunk(size)[rank], rtol=0, atol=0.03)
     everything = comm.all_reduce(inputs[rank], **options)
@@ -71,7 +71,7 @@ def ddp(rank: int, size: int) -> None:
         model = torch.nn.Sequential(torch.nn.Linear(20, 50), torch.nn.ReLU(), torch.nn.Linear(50, 1))
         replica = DistributedDataParallel(model)
         if name != "exact":
-            state, hook = ng.ddp.hook(name, error_feedback=name.startswith("int4"))
+            state, hook = ng.ddp.hook(name, error_feedback=name.startswith("int4"), exact_below=0)
             replica.register_comm_hook(state, hook)
         optimizer = torch.optim.SGD(replica.parameters(), lr=0.05)
         x = tensor(rank, 64, 20)
@@ -114,7 +114,7 @@ def fsdp(rank: int, size: int) -> None:
             fully_shard(block, mp_policy=policy)
         fully_shard(model, mp_policy=policy)
         if options is not None:
-            ng.fsdp.apply(model, **options)
+            ng.fsdp.apply(model, **options, exact_below=0)
         optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
         generator = torch.Generator().manual_seed(rank)
         for step in range(40):
@@ -137,6 +137,42 @@ def fsdp(rank: int, size: int) -> None:
         assert "no FSDPModule" in str(error)
     else:
         raise AssertionError("a model without FSDP was taken")
+
+
+def secondary(rank: int, size: int) -> None:
+    """Weights of two nodes, of which the second gather of a step does not leave the node: the same losses."""
+    from torch.distributed.fsdp import fully_shard
+
+    losses: dict[bool, list[float]] = {}
+    for keep in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(3)])
+        for layer in model:
+            fully_shard(layer)
+        kept = ng.fsdp.apply(model, weights="int8:g64:bf16", node_size=2, exact_below=0, secondary=keep)
+        assert (kept is not None) == keep
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        x = tensor(rank, 32, 64)
+        losses[keep] = []
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss = torch.nn.functional.mse_loss(model(x), x.flip(1))
+            if kept is not None:
+                assert all(shard.is_filled for shard in kept._shards)
+            loss.backward()
+            optimizer.step()
+            losses[keep].append(loss.item())
+            if kept is not None:
+                assert not any(shard.is_filled for shard in kept._shards)
+                # Half of each layer's 64 x 64 + 64, in int8 with scales for 64, and padding.
+                assert 3 * 2080 * 1.03 <= kept.nbytes < 3 * 2080 * 1.1, kept.nbytes
+    assert losses[True] == losses[False], losses
+    try:
+        ng.fsdp.apply(model, weights="int8:g64:bf16", secondary=True)
+    except ValueError as error:
+        assert "node_size=0; expected both" in str(error)
+    else:
+        raise AssertionError("secondary shards without nodes were taken")
 
 
 def dies(rank: int, size: int) -> None:

@@ -64,10 +64,10 @@ def test_collectives_within_a_process(library: str) -> None:
 
     def body(comm: ng.Communicator) -> list[np.ndarray]:
         mine = array(values(comm.rank, 6, 100))
-        gathered = comm.all_gather(mine, wire)
-        part = comm.reduce_scatter(mine, wire, op="mean")
-        everything = comm.all_reduce(mine, wire)
-        assert comm.all_reduce(mine, wire, out=mine) is mine
+        gathered = comm.all_gather(mine, wire, exact_below=0)
+        part = comm.reduce_scatter(mine, wire, op="mean", exact_below=0)
+        everything = comm.all_reduce(mine, wire, exact_below=0)
+        assert comm.all_reduce(mine, wire, out=mine, exact_below=0) is mine
         assert type(gathered) is type(mine)
         return [np.asarray(result) for result in (gathered, part, everything, mine)]
 
@@ -83,7 +83,7 @@ def test_collectives_within_a_process(library: str) -> None:
 def test_what_arrives_is_what_quantize_gives() -> None:
     wire = ng.Wire(ng.Format("int4:g64:fp16"))
     expected = ng.quantize(values(0, 1, 1000), ng.Format("int4:g64:fp16")).dequantize("float32")
-    for result in run_threads(2, lambda comm: comm.all_gather(values(comm.rank, 1, 1000), wire)):
+    for result in run_threads(2, lambda comm: comm.all_gather(values(comm.rank, 1, 1000), wire, exact_below=0)):
         np.testing.assert_array_equal(result[:1], expected)
 
 
@@ -104,6 +104,36 @@ def test_gathered_weights_are_multiplied_as_they_travelled(library: str) -> None
         assert q.shape == (24, 256)
         np.testing.assert_array_equal(np.asarray(q.codes), expected.codes)
         np.testing.assert_array_equal(y, ng.linear(values(9, 3, 256), expected.pack()))
+
+
+def test_plans_say_what_is_done() -> None:
+    def body(comm: ng.Communicator) -> None:
+        small, large = np.full(1000, 0.3, np.float32), np.zeros(1 << 18, np.float32)
+        assert comm.plan("all_reduce", small, "int4").wire == ng.Wire()
+        np.testing.assert_array_equal(comm.all_reduce(small, "int4:g64:bf16"), small + small)
+        forced = comm.plan("all_reduce", small, "int4:g64:bf16", exact_below=0)
+        assert forced.wire == forced.inside == ng.Wire(ng.Format("int4:g64:bf16"))
+        assert (comm.all_reduce(small, "int4:g64:bf16", exact_below=0) != small + small).any()
+        assert comm.plan("all_gather", large[: 1 << 17], "int8:g64:bf16").wire.format is not None
+        assert comm.plan("all_gather", large[: (1 << 17) - 1], "int8:g64:bf16").wire.format is None
+        assert "1048576 bytes are not fewer than" in str(comm.plan("reduce_scatter", large, "int8:g64:bf16"))
+
+    assert run_threads(2, body) == [None, None]
+    plan = ng.collective.plan("all_reduce", 1 << 22, "bfloat16", "int8:g64:bf16", size=8, node_size=4)
+    assert plan.wire == ng.Wire(ng.Format("int8:g64:bf16")) and plan.inside == ng.Wire()
+    assert 0 < plan.sent_across < plan.sent_bytes and plan.chunks == 8
+    with pytest.raises(ValueError, match="collective is 'broadcast'"):
+        ng.collective.plan("broadcast", 1, "float32", None, size=1)
+    with pytest.raises(ValueError, match="exact_below is -1"):
+        ng.collective.plan("all_reduce", 1, "float32", None, size=1, exact_below=-1)
+
+
+def test_secondary_shards_need_nodes_and_memory() -> None:
+    def body(comm: ng.Communicator) -> None:
+        comm.all_gather(values(0, 4), secondary=ng.SecondaryShard())
+
+    assert all("expected a node_size" in str(error) for error in run_threads(2, body))
+    assert ng.SecondaryShard(ng.HostPool(limit=4096)).nbytes == 0
 
 
 def test_exact_and_asynchronous() -> None:
@@ -177,6 +207,7 @@ def test_ddp_hook(tmp_path: Path) -> None:
 def test_fsdp(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     run_processes("fsdp", 4, tmp_path)
+    run_processes("secondary", 4, tmp_path)
 
 
 def test_a_rank_that_dies_is_an_error_in_time(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@
 
 #include "narrowgauge/executor.hpp"
 #include "narrowgauge/format.hpp"
+#include "narrowgauge/memory.hpp"
 #include "narrowgauge/quantize.hpp"
 #include "narrowgauge/tensor.hpp"
 #include "narrowgauge/transport.hpp"
@@ -38,15 +39,48 @@ struct Wire {
   friend bool operator==(const Wire&, const Wire&) = default;
 };
 
+// Fewer bytes of elements than this take longer to code, and as many messages, as they save on the wire.
+inline constexpr int64_t kExactBelow = 1 << 20;
+
 struct CollectiveOptions {
   Wire wire{};                    // between all ranks; with nodes, between those
   Wire inside{};                  // with nodes, within one
   int chunks = 8;                 // at most; on the wire while others are coded. 1: no overlap
   int64_t chunk_bytes = 1 << 18;  // of the elements, at least
   uint64_t seed = 0;              // of stochastic rounding; a new one for every call
+  // Tensors of fewer bytes travel as they are, whatever the wires say: see plan_collective(). 0: none do.
+  int64_t exact_below = kExactBelow;
 };
 
 enum class Reduction : uint8_t { sum, mean };
+
+enum class CollectiveKind : uint8_t { all_gather, reduce_scatter, all_reduce };
+
+// How a collective is done.
+struct CollectivePlan {
+  CollectiveKind kind;
+  int64_t numel = 0;
+  DType dtype = DType::f32;
+  int ranks = 1;
+  Wire wire{};         // what the options say, or exact
+  Wire inside{};       // likewise; where there is no such level, the same
+  std::string reason;  // why so
+  int chunks = 1;
+  int64_t sent_bytes = 0;   // by rank 0 to all others; those of other ranks differ by the padding of their parts
+  int64_t sent_across = 0;  // of these, to other nodes; 0 without nodes
+
+  std::string str() const;  // a line for people
+};
+
+// numel: of the whole tensor: what all_gather gives, what the others take. A function of its arguments alone, so all
+// ranks decide alike. Elements travel as they are, and results are exact, but for the rounding of sums, if
+//   the options' wires say so; or
+//   the tensor has fewer than options.exact_below bytes; or
+//   there is one rank, unless exact_below is 0,
+// and else in the Formats of the wires. (all_to_all, and all_gather of codes, always do as the wire says: the ranks of
+// one have different numbers of elements, and the other's result is in a Format.) Throws InvalidArgument.
+CollectivePlan plan_collective(CollectiveKind kind, int64_t numel, DType dtype, int ranks, int node_size,
+                               const CollectiveOptions& options);
 
 // A collective that was started; its tensors must stay until wait() has returned. Move-only. Ranks wait for those they
 // have started in the same order.
@@ -65,6 +99,34 @@ class Pending {
   std::unique_ptr<Work> work_;
 };
 
+// This rank's part of a tensor that was gathered, kept as it travelled, so that a node's ranks can have all of it again
+// without the other nodes (hpZ; Wang et al. 2023, ZeRO++, section 3.2): numel / node_size elements in the wire's
+// Format. Move-only; used by one thread at a time.
+class SecondaryShard {
+ public:
+  // Memory comes from `pool`, in host memory; null: a HostPool of its own.
+  explicit SecondaryShard(std::shared_ptr<Pool> pool = nullptr);
+  ~SecondaryShard();
+  SecondaryShard(SecondaryShard&& other) noexcept;
+  SecondaryShard& operator=(SecondaryShard&& other) noexcept;
+
+  bool is_filled() const noexcept { return is_filled_; }
+  // Bytes held, filled or not.
+  int64_t nbytes() const noexcept { return static_cast<int64_t>(size_); }
+  // The tensor has changed: the next all_gather fills it again, in the same memory. All ranks call it.
+  void invalidate() noexcept { is_filled_ = false; }
+
+ private:
+  friend class Communicator;
+  void reserve(size_t bytes);
+
+  std::shared_ptr<Pool> pool_;
+  std::byte* data_ = nullptr;
+  size_t size_ = 0;
+  bool is_filled_ = false;
+  std::string content_;
+};
+
 // The ranks that take part, and their nodes. Tensors are f32, f16 or bf16, dense, in host memory, of any shape; results
 // do not overlap inputs unless said. Used by one thread at a time. All ranks call the same collectives in the same
 // order; the first call of a kind compares its description with the others': if they differ, all throw TransportError
@@ -72,18 +134,27 @@ class Pending {
 class Communicator {
  public:
   // node_size: ranks [0, node_size) are the first node, and so on; 0: no nodes. Throws InvalidArgument unless it
-  // divides the size.
+  // divides the size. pool: host memory for what is on the wire, at most about twice what a collective sends and
+  // receives; null: a HostPool of its own, which keeps what it has had.
   explicit Communicator(std::shared_ptr<Transport> transport, int node_size = 0,
-                        Executor& executor = default_executor());
+                        Executor& executor = default_executor(), std::shared_ptr<Pool> pool = nullptr);
 
   int rank() const noexcept { return transport_->rank(); }
   int size() const noexcept { return transport_->size(); }
   int node_size() const noexcept { return node_size_; }
   const Transport& transport() const noexcept { return *transport_; }
 
+  // What these ranks do with a tensor: see plan_collective.
+  CollectivePlan plan(CollectiveKind kind, int64_t numel, DType dtype, const CollectiveOptions& options) const;
+
   // out: the shards of all ranks, in their order; numel = size x that of `shard`, which may be its own part of `out`.
   // All ranks decode the same bytes, a rank its own too.
-  Pending all_gather(const TensorView& shard, const TensorView& out, const CollectiveOptions& options);
+  //
+  // secondary: null, or, with nodes, what keeps this tensor: if it is filled, what it holds is gathered within the node
+  // and `shard` is not read; else all is gathered and it is filled once wait() has returned. It must be filled on all
+  // ranks or on none, and stay until wait() has returned. Throws InvalidArgument if it holds another kind of tensor.
+  Pending all_gather(const TensorView& shard, const TensorView& out, const CollectiveOptions& options,
+                     SecondaryShard* secondary = nullptr);
 
   // out: the shards' rows, in the order of the ranks, as they travelled: a matrix [size x rows, cols] in the wire's
   // Format, of which the arrays are as in quantize.hpp. shard: [.., cols]. Throws InvalidArgument unless rows are whole
@@ -112,12 +183,14 @@ class Communicator {
   class Job;
   Pending start(const char* name, Setup setup);
   void agree(const std::string& description);
+  CollectiveOptions planned(CollectiveKind kind, int64_t numel, DType dtype, const CollectiveOptions& options) const;
 
   std::shared_ptr<Transport> transport_;
   std::shared_ptr<Transport> node_;    // the ranks of this node; null without nodes
   std::shared_ptr<Transport> across_;  // those of other nodes that have this one's place
   int node_size_;
   Executor* executor_;
+  std::shared_ptr<Pool> pool_;
   std::set<std::string> agreed_;
 };
 

@@ -5,7 +5,9 @@
 #include <array>
 #include <cstring>
 #include <numeric>
+#include <utility>
 
+#include "collective/layout.hpp"
 #include "collective/pipeline.hpp"
 #include "collective/wire.hpp"
 #include "narrowgauge/error.hpp"
@@ -13,10 +15,16 @@
 namespace ng {
 namespace {
 
+using collective::check_options;
 using collective::copy_codes;
+using collective::cut;
 using collective::decode;
 using collective::decode_sum;
 using collective::encode;
+using collective::equal_parts;
+using collective::Layout;
+using collective::nearly_equal_parts;
+using collective::Range;
 using collective::unit_elements;
 using collective::wire_bytes;
 
@@ -47,62 +55,6 @@ float* error_of(const TensorView* tensor, int64_t n) {
   NG_CHECK(error.dtype == DType::f32 && error.n == n, InvalidArgument, "error is ", tensor->shape_str(), ' ',
            dtype_name(error.dtype), "; expected ", n, " elements of float32, as many as the input has");
   return reinterpret_cast<float*>(error.data);
-}
-
-// --- layout --------------------------------------------------------------------------------------------------------
-
-struct Range {
-  int64_t first = 0;
-  int64_t n = 0;
-};
-
-// Of `count` nearly equal ranges of [0, n) that start at multiples of `unit`, the one of this index.
-Range cut(int64_t n, int64_t unit, int64_t index, int64_t count) {
-  const int64_t units = (n + unit - 1) / unit;
-  const auto bound = [&](int64_t i) { return std::min(n, units * i / count * unit); };
-  return {bound(index), bound(index + 1) - bound(index)};
-}
-
-// The ranks' parts of a tensor, and the chunks of each.
-struct Layout {
-  std::vector<Range> parts;
-  int64_t unit = 1;
-  int chunks = 1;
-
-  Range chunk(int part, int index) const {
-    const Range whole = parts[static_cast<size_t>(part)];
-    const Range range = cut(whole.n, unit, index, chunks);
-    return {whole.first + range.first, range.n};
-  }
-  int64_t longest(int index) const {
-    int64_t n = 0;
-    for (int part = 0; part < static_cast<int>(parts.size()); ++part) n = std::max(n, chunk(part, index).n);
-    return n;
-  }
-};
-
-int chunks_of(int64_t n, DType dtype, const CollectiveOptions& options) {
-  const int64_t bytes = n * static_cast<int64_t>(dtype_bytes(dtype));
-  return static_cast<int>(std::clamp<int64_t>(bytes / options.chunk_bytes, 1, options.chunks));
-}
-
-// Parts of n elements each.
-Layout equal_parts(int64_t n, int ranks, DType dtype, const CollectiveOptions& options) {
-  Layout layout;
-  for (int rank = 0; rank < ranks; ++rank) layout.parts.push_back({rank * n, n});
-  layout.unit = std::lcm(unit_elements(options.wire), unit_elements(options.inside));
-  layout.chunks = chunks_of(n * ranks, dtype, options);
-  return layout;
-}
-
-// n elements in parts.
-Layout nearly_equal_parts(int64_t n, int ranks, DType dtype, const CollectiveOptions& options) {
-  Layout layout = equal_parts(0, ranks, dtype, options);
-  layout.chunks = chunks_of(n, dtype, options);
-  for (int rank = 0; rank < ranks; ++rank) {
-    layout.parts[static_cast<size_t>(rank)] = cut(n, layout.unit, rank, ranks);
-  }
-  return layout;
 }
 
 // --- stages --------------------------------------------------------------------------------------------------------
@@ -145,12 +97,14 @@ struct Communicator::Setup {
   Elements input{}, out{};
   CollectiveOptions options;
   std::optional<CanonicalView> codes{};  // in place of out
+  SecondaryShard* secondary = nullptr;   // what forward() sends, if it comes first; else where that is kept
   float* error = nullptr;
   int divisor = 1;
   // Of the communicator.
   Ranks ranks{};
   std::string operation{};
   Executor* executor = nullptr;
+  std::shared_ptr<Pool> pool{};
 };
 
 class Communicator::Job final : public Pending::Work {
@@ -170,7 +124,7 @@ class Communicator::Job final : public Pending::Work {
       case Step::scatter_across: transfer = scatter_across(chunk, *before, now); break;
       case Step::finish_sum: finish_sum(chunk, *before); break;
       case Step::gather: transfer = gather(chunk, before, now); break;
-      case Step::forward: transfer = forward(*before, now); break;
+      case Step::forward: transfer = forward(chunk, before, now); break;
       case Step::finish_gather: finish_gather(chunk, *before); break;
     }
     if (before != nullptr) *before = {};
@@ -197,7 +151,7 @@ class Communicator::Job final : public Pending::Work {
       now.sent_bytes.push_back(wire_bytes(wire, s_.input.dtype, s_.layout.chunk(peer, chunk).n));
       now.received_bytes.push_back(wire_bytes(wire, s_.input.dtype, mine(chunk).n));
     }
-    now.reserve();
+    now.reserve(s_.pool);
     std::byte* to = now.sent.data();
     for (int peer = 0; peer < size(); ++peer) {
       const Range range = s_.layout.chunk(peer, chunk);
@@ -225,7 +179,7 @@ class Communicator::Job final : public Pending::Work {
       now.sent_bytes.push_back(bytes(place));
       now.received_bytes.push_back(bytes(s_.ranks.node->rank()));
     }
-    now.reserve();
+    now.reserve(s_.pool);
     std::byte* to = now.sent.data();
     for (int place = 0; place < s_.ranks.node_size; ++place) {
       for (int node = 0; node < nodes; ++node) {
@@ -245,16 +199,16 @@ class Communicator::Job final : public Pending::Work {
       now.sent_bytes.push_back(wire_bytes(wire, DType::f32, s_.layout.chunk(rank_at(node, place), chunk).n));
       now.received_bytes.push_back(wire_bytes(wire, DType::f32, mine(chunk).n));
     }
-    now.reserve();
+    now.reserve(s_.pool);
     std::byte* to = now.sent.data();
     int64_t skipped = 0;  // of each peer's bytes
     for (int node = 0; node < nodes; ++node) {
       const Range range = s_.layout.chunk(rank_at(node, place), chunk);
       const std::vector<const std::byte*> units = units_of(before, before.received_bytes[0], skipped);
-      sum_.resize(static_cast<size_t>(range.n));
-      decode_sum(s_.options.inside, units, s_.input.dtype, range.n, 1, sum_.data(), DType::f32, *s_.executor);
-      encode(wire, sum_.data(), DType::f32, range.n, {key(s_.options.seed, rank(), Level::across), range.first},
-             nullptr, to, *s_.executor);
+      std::byte* const sum = scratch(range.n);
+      decode_sum(s_.options.inside, units, s_.input.dtype, range.n, 1, sum, DType::f32, *s_.executor);
+      encode(wire, sum, DType::f32, range.n, {key(s_.options.seed, rank(), Level::across), range.first}, nullptr, to,
+             *s_.executor);
       skipped += wire_bytes(s_.options.inside, s_.input.dtype, range.n);
       to += now.sent_bytes[static_cast<size_t>(node)];
     }
@@ -284,7 +238,7 @@ class Communicator::Job final : public Pending::Work {
 
   // The type of what gather encodes: sums are rounded to out's only if that is how they travel.
   DType gathered_type() const {
-    if (s_.steps[0] == Step::gather) return s_.input.dtype;
+    if (s_.steps[0] == Step::gather || s_.steps[0] == Step::forward) return s_.input.dtype;
     return s_.options.wire.format ? DType::f32 : s_.out.dtype;
   }
   int64_t gathered_bytes(int chunk) const {
@@ -297,23 +251,40 @@ class Communicator::Job final : public Pending::Work {
     const Range range = mine(chunk);
     now.sent_bytes = {gathered_bytes(chunk)};
     now.received_bytes = {gathered_bytes(chunk) * transport.size()};
-    now.reserve();
+    now.reserve(s_.pool);
     const int64_t used = wire_bytes(s_.options.wire, dtype, range.n);
     std::memset(now.sent.data() + used, 0, now.sent.size() - static_cast<size_t>(used));
-    if (before != nullptr) {
-      sum_.resize(static_cast<size_t>(range.n));
-      sum(chunk, *before, sum_.data(), dtype);
+    const std::byte* from = nullptr;
+    if (before == nullptr) {
+      from = s_.input.at(range.first - s_.layout.parts[static_cast<size_t>(rank())].first);
+    } else {
+      std::byte* const all = scratch(range.n);
+      sum(chunk, *before, all, dtype);
+      from = all;
     }
-    const int64_t first = range.first - s_.layout.parts[static_cast<size_t>(rank())].first;
-    encode(s_.options.wire, before == nullptr ? s_.input.at(first) : static_cast<const void*>(sum_.data()), dtype,
-           range.n, {key(s_.options.seed, rank(), Level::gather), range.first}, nullptr, now.sent.data(), *s_.executor);
+    encode(s_.options.wire, from, dtype, range.n, {key(s_.options.seed, rank(), Level::gather), range.first}, nullptr,
+           now.sent.data(), *s_.executor);
     return gather(transport, now);
   }
 
-  std::unique_ptr<Transfer> forward(Message& before, Message& now) const {
-    now.sent = std::move(before.received);
-    now.received = Buffer(now.sent.size() * static_cast<size_t>(s_.ranks.node->size()));
-    return gather(*s_.ranks.node, now);
+  // What this rank has of a chunk of all nodes, within this one.
+  std::unique_ptr<Transfer> forward(int chunk, Message* before, Message& now) const {
+    const int64_t bytes = gathered_bytes(chunk) * s_.ranks.nodes();
+    std::byte* const kept = s_.secondary == nullptr ? nullptr : s_.secondary->data_ + kept_before(chunk);
+    if (before != nullptr) {
+      now.sent = std::move(before->received);
+      if (kept != nullptr) std::memcpy(kept, now.sent.data(), now.sent.size());
+    }
+    now.received = Block(s_.pool, static_cast<size_t>(bytes) * static_cast<size_t>(s_.ranks.node->size()));
+    const std::byte* const sent = before == nullptr ? kept : now.sent.data();
+    return s_.ranks.node->all_gather({sent, static_cast<size_t>(bytes)}, now.received.data(), s_.operation);
+  }
+
+  // Bytes of a secondary shard that earlier chunks take.
+  int64_t kept_before(int chunk) const {
+    int64_t bytes = 0;
+    for (int earlier = 0; earlier < chunk; ++earlier) bytes += gathered_bytes(earlier) * s_.ranks.nodes();
+    return bytes;
   }
 
   void finish_gather(int chunk, const Message& before) const {
@@ -329,10 +300,18 @@ class Communicator::Job final : public Pending::Work {
         decode(s_.options.wire, unit, gathered_type(), range.n, s_.out.at(range.first), s_.out.dtype, *s_.executor);
       }
     }
+    if (s_.secondary != nullptr && chunk == s_.layout.chunks - 1) s_.secondary->is_filled_ = true;
+  }
+
+  // Room for n floats, until the next call.
+  std::byte* scratch(int64_t n) {
+    const auto bytes = static_cast<size_t>(n) * sizeof(float);
+    if (scratch_.size() < bytes) scratch_ = Block(s_.pool, bytes);
+    return scratch_.data();
   }
 
   const Setup s_;
-  std::vector<float> sum_;
+  Block scratch_;
 };
 
 namespace {
@@ -349,6 +328,7 @@ class Exchange final : public Pending::Work {
     CollectiveOptions options;
     std::string operation;
     Executor* executor;
+    std::shared_ptr<Pool> pool;
   };
 
   explicit Exchange(Setup setup) : Work(setup.chunks, 2), s_(std::move(setup)) { start(); }
@@ -362,7 +342,7 @@ class Exchange final : public Pending::Work {
       for (const Range& part : s_.received) {
         sent.received_bytes.push_back(wire_bytes(wire, s_.input.dtype, at(part, chunk).n));
       }
-      sent.reserve();
+      sent.reserve(s_.pool);
       std::byte* to = sent.sent.data();
       for (const Range& part : s_.sent) {
         const Range range = at(part, chunk);
@@ -389,13 +369,6 @@ class Exchange final : public Pending::Work {
 
   const Setup s_;
 };
-
-void check_options(const CollectiveOptions& options) {
-  collective::check_wire(options.wire);
-  collective::check_wire(options.inside);
-  NG_CHECK(options.chunks >= 1, InvalidArgument, options.chunks, " chunks; expected at least 1");
-  NG_CHECK(options.chunk_bytes >= 1, InvalidArgument, "chunks of ", options.chunk_bytes, " bytes; expected at least 1");
-}
 
 // What all ranks must agree on.
 std::string describe(const char* name, const Elements& input, const Elements& out, const CollectiveOptions& options,
@@ -436,13 +409,54 @@ void Pending::wait() {
   work->finish();
 }
 
+// --- SecondaryShard ------------------------------------------------------------------------------------------------
+
+SecondaryShard::SecondaryShard(std::shared_ptr<Pool> pool) : pool_(std::move(pool)) {
+  if (pool_ == nullptr) pool_ = std::make_shared<HostPool>();
+  NG_CHECK(pool_->device().is_cpu(), InvalidArgument, "the pool is of ", pool_->device().str(),
+           "; expected host memory");
+}
+
+SecondaryShard::~SecondaryShard() {
+  if (data_ != nullptr) pool_->deallocate(data_, size_);
+}
+
+SecondaryShard::SecondaryShard(SecondaryShard&& other) noexcept
+    : pool_(std::move(other.pool_)),
+      data_(std::exchange(other.data_, nullptr)),
+      size_(std::exchange(other.size_, 0)),
+      is_filled_(std::exchange(other.is_filled_, false)),
+      content_(std::move(other.content_)) {}
+
+SecondaryShard& SecondaryShard::operator=(SecondaryShard&& other) noexcept {
+  std::swap(pool_, other.pool_);
+  std::swap(data_, other.data_);
+  std::swap(size_, other.size_);
+  std::swap(is_filled_, other.is_filled_);
+  std::swap(content_, other.content_);
+  return *this;
+}
+
+void SecondaryShard::reserve(size_t bytes) {
+  if (bytes == size_) return;
+  if (data_ != nullptr) pool_->deallocate(data_, size_);
+  data_ = nullptr;
+  size_ = 0;
+  if (bytes != 0) data_ = static_cast<std::byte*>(pool_->allocate(bytes));
+  size_ = bytes;
+}
+
 // --- Communicator --------------------------------------------------------------------------------------------------
 
-Communicator::Communicator(std::shared_ptr<Transport> transport, int node_size, Executor& executor)
-    : transport_(std::move(transport)), node_size_(node_size), executor_(&executor) {
+Communicator::Communicator(std::shared_ptr<Transport> transport, int node_size, Executor& executor,
+                           std::shared_ptr<Pool> pool)
+    : transport_(std::move(transport)), node_size_(node_size), executor_(&executor), pool_(std::move(pool)) {
   NG_CHECK(transport_ != nullptr, InvalidArgument, "the transport is null");
   NG_CHECK(node_size >= 0 && (node_size == 0 || size() % node_size == 0), InvalidArgument, "nodes of ", node_size,
            " ranks; expected a divisor of the ", size(), " that there are, or 0");
+  if (pool_ == nullptr) pool_ = std::make_shared<HostPool>();
+  NG_CHECK(pool_->device().is_cpu(), InvalidArgument, "the pool is of ", pool_->device().str(),
+           "; expected host memory");
   if (node_size <= 1 || node_size == size()) node_size_ = 0;  // one level is all there is
   if (node_size_ == 0) return;
   node_ = transport_->split(rank() / node_size_);
@@ -467,22 +481,56 @@ void Communicator::agree(const std::string& description) {
 Pending Communicator::start(const char* name, Setup setup) {
   setup.ranks = {transport_.get(), node_.get(), across_.get(), node_size_};
   setup.executor = executor_;
+  setup.pool = pool_;
   setup.operation = describe(name, setup.input, setup.out, setup.options, node_size_);
   agree(setup.operation);
   return Pending(std::make_unique<Job>(std::move(setup)));
 }
 
+CollectivePlan Communicator::plan(CollectiveKind kind, int64_t numel, DType dtype,
+                                  const CollectiveOptions& options) const {
+  return plan_collective(kind, numel, dtype, size(), node_size_, options);
+}
+
+// The options with the plan's wires.
+CollectiveOptions Communicator::planned(CollectiveKind kind, int64_t numel, DType dtype,
+                                        const CollectiveOptions& options) const {
+  const CollectivePlan chosen = plan(kind, numel, dtype, options);
+  CollectiveOptions result = options;
+  result.wire = chosen.wire, result.inside = chosen.inside;
+  return result;
+}
+
 Pending Communicator::all_gather(const TensorView& shard_tensor, const TensorView& out_tensor,
-                                 const CollectiveOptions& options) {
-  check_options(options);
+                                 const CollectiveOptions& asked, SecondaryShard* secondary) {
   const Elements shard = elements_of(shard_tensor, "shard"), out = elements_of(out_tensor, "out");
   NG_CHECK(out.n == shard.n * size(), InvalidArgument, "out has ", out.n, " elements; expected ", size(), " x ",
            shard.n);
-  return start("all_gather", {.steps = gather_steps(node_size_),
-                              .layout = equal_parts(shard.n, size(), shard.dtype, options),
-                              .input = shard,
-                              .out = out,
-                              .options = options});
+  const CollectiveOptions options = planned(CollectiveKind::all_gather, out.n, shard.dtype, asked);
+  Setup setup{.steps = gather_steps(node_size_),
+              .layout = equal_parts(shard.n, size(), shard.dtype, options),
+              .input = shard,
+              .out = out,
+              .options = options,
+              .secondary = secondary};
+  if (secondary == nullptr) return start("all_gather", std::move(setup));
+
+  NG_CHECK(node_size_ != 0, InvalidArgument,
+           "a secondary shard with ranks of one level; expected a node_size above 1 and below ", size());
+  const std::string content = describe("all_gather", shard, out, options, node_size_);
+  if (secondary->is_filled_) {
+    NG_CHECK(secondary->content_ == content, InvalidArgument, "the secondary shard is that of ", secondary->content_,
+             "; expected that of ", content);
+    setup.steps.erase(setup.steps.begin());
+    return start("all_gather within nodes", std::move(setup));
+  }
+  int64_t bytes = 0;
+  for (int chunk = 0; chunk < setup.layout.chunks; ++chunk) {
+    bytes += wire_bytes(options.wire, shard.dtype, setup.layout.longest(chunk)) * (size() / node_size_);
+  }
+  secondary->reserve(static_cast<size_t>(bytes));
+  secondary->content_ = content;
+  return start("all_gather", std::move(setup));
 }
 
 Pending Communicator::all_gather(const TensorView& shard_tensor, const CanonicalView& out,
@@ -509,11 +557,11 @@ Pending Communicator::all_gather(const TensorView& shard_tensor, const Canonical
 }
 
 Pending Communicator::reduce_scatter(const TensorView& input_tensor, const TensorView& out_tensor, Reduction reduction,
-                                     const CollectiveOptions& options, const TensorView* error) {
-  check_options(options);
+                                     const CollectiveOptions& asked, const TensorView* error) {
   const Elements input = elements_of(input_tensor, "input"), out = elements_of(out_tensor, "out");
   NG_CHECK(input.n == out.n * size(), InvalidArgument, "input has ", input.n, " elements; expected ", size(), " x ",
            out.n);
+  const CollectiveOptions options = planned(CollectiveKind::reduce_scatter, input.n, input.dtype, asked);
   const bool is_mean = reduction == Reduction::mean;
   std::vector<Step> steps = scatter_steps(node_size_);
   steps.push_back(Step::finish_sum);
@@ -528,10 +576,10 @@ Pending Communicator::reduce_scatter(const TensorView& input_tensor, const Tenso
 }
 
 Pending Communicator::all_reduce(const TensorView& input_tensor, const TensorView& out_tensor, Reduction reduction,
-                                 const CollectiveOptions& options, const TensorView* error) {
-  check_options(options);
+                                 const CollectiveOptions& asked, const TensorView* error) {
   const Elements input = elements_of(input_tensor, "input"), out = elements_of(out_tensor, "out");
   NG_CHECK(input.n == out.n, InvalidArgument, "out has ", out.n, " elements; expected ", input.n);
+  const CollectiveOptions options = planned(CollectiveKind::all_reduce, input.n, input.dtype, asked);
   const bool is_mean = reduction == Reduction::mean;
   std::vector<Step> steps = scatter_steps(node_size_);
   for (const Step step : gather_steps(node_size_)) steps.push_back(step);
@@ -573,7 +621,8 @@ Pending Communicator::all_to_all(const TensorView& input_tensor, std::span<const
                         .out = out,
                         .options = options,
                         .operation = {},
-                        .executor = executor_};
+                        .executor = executor_,
+                        .pool = pool_};
   // Ranks have different numbers of elements, so that all of it is cut into the same number of chunks.
   setup.operation =
       concat("all_to_all of ", dtype_name(input.dtype), " in ", options.wire.str(), ", ", options.chunks, " chunks");

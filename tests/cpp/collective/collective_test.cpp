@@ -70,7 +70,8 @@ TEST(Collective, AllGatherBringsWhatWasQuantised) {
         run_ranks(size, [&](std::shared_ptr<Transport>& transport) {
           Communicator communicator(transport);
           std::vector<float> mine = values(transport->rank(), n), out(static_cast<size_t>(n * size));
-          communicator.all_gather(view(mine), view(out), {.wire = wire(format), .chunk_bytes = 1000}).wait();
+          communicator.all_gather(view(mine), view(out), {.wire = wire(format), .chunk_bytes = 1000, .exact_below = 0})
+              .wait();
           EXPECT_EQ(out, expected);
         });
       }
@@ -93,12 +94,14 @@ TEST(Collective, ReduceScatterAddsInTheOrderOfRanks) {
           }
           std::vector<float> expected = sum_of(peers);
           communicator
-              .reduce_scatter(view(input), view(out), Reduction::sum, {.wire = wire(format), .chunk_bytes = 999})
+              .reduce_scatter(view(input), view(out), Reduction::sum,
+                              {.wire = wire(format), .chunk_bytes = 999, .exact_below = 0})
               .wait();
           EXPECT_EQ(out, expected);
           for (float& value : expected) value /= static_cast<float>(size);
           communicator
-              .reduce_scatter(view(input), view(out), Reduction::mean, {.wire = wire(format), .chunk_bytes = 999})
+              .reduce_scatter(view(input), view(out), Reduction::mean,
+                              {.wire = wire(format), .chunk_bytes = 999, .exact_below = 0})
               .wait();
           EXPECT_EQ(out, expected);
         });
@@ -121,7 +124,7 @@ TEST(Collective, AllReduceGivesAllRanksTheSame) {
           Communicator communicator(transport, node_size);
           std::vector<float> data = inputs[static_cast<size_t>(transport->rank())];
           const CollectiveOptions options{
-              .wire = wire("int8:g64:bf16"), .inside = wire("int8:g64:bf16"), .chunk_bytes = 2000};
+              .wire = wire("int8:g64:bf16"), .inside = wire("int8:g64:bf16"), .chunk_bytes = 2000, .exact_below = 0};
           communicator.all_reduce(view(data), view(data), Reduction::sum, options).wait();
           results[static_cast<size_t>(transport->rank())] = data;
         });
@@ -165,7 +168,8 @@ TEST(Collective, ExactWiresAreExact) {
 TEST(Collective, NodesAddUpFirst) {
   constexpr int kSize = 6, kNode = 3;
   constexpr int64_t kLength = 1000;
-  const CollectiveOptions options{.wire = wire("int4:g64:fp16"), .inside = wire("int8:g64:bf16"), .chunk_bytes = 1000};
+  const CollectiveOptions options{
+      .wire = wire("int4:g64:fp16"), .inside = wire("int8:g64:bf16"), .chunk_bytes = 1000, .exact_below = 0};
   run_ranks(kSize, [&](std::shared_ptr<Transport>& transport) {
     const int rank = transport->rank();
     Communicator communicator(transport, kNode);
@@ -237,7 +241,7 @@ TEST(Collective, ShardsAreGatheredAsTheyTravelled) {
             zeros(static_cast<size_t>(bytes.zeros));
         const CanonicalView out{want.format, want.rows, want.cols, codes.data(), scales.data(), zeros.data()};
         const TensorView from(shard.data(), DType::f32, {kRows, kCols});
-        communicator.all_gather(from, out, {.wire = wire(format), .chunk_bytes = 3000}).wait();
+        communicator.all_gather(from, out, {.wire = wire(format), .chunk_bytes = 3000, .exact_below = 0}).wait();
         EXPECT_EQ(std::memcmp(codes.data(), want.codes, codes.size()), 0);
         EXPECT_EQ(std::memcmp(scales.data(), want.scales, scales.size()), 0);
         EXPECT_TRUE(zeros.empty() || std::memcmp(zeros.data(), want.zeros, zeros.size()) == 0);
@@ -257,7 +261,7 @@ TEST(Collective, ResultsDoNotDependOnChunks) {
         const Wire how{.format = Format::parse("int4:g48:fp16"), .hadamard = true, .stochastic = stochastic};
         communicator
             .all_reduce(view(data), view(out), Reduction::mean,
-                        {.wire = how, .chunks = chunks, .chunk_bytes = bytes, .seed = 11})
+                        {.wire = how, .chunks = chunks, .chunk_bytes = bytes, .seed = 11, .exact_below = 0})
             .wait();
         if (transport->rank() == 0) results.push_back(out);
       });
@@ -283,7 +287,7 @@ TEST(Collective, HadamardSpreadsOutliers) {
       std::vector<float> data = values(transport->rank(), 6421), out(2 * 6421);
       for (size_t i = 0; i < data.size(); i += 100) data[i] *= 30;
       const Wire how{.format = Format::parse("int4:g128:fp16"), .hadamard = hadamard};
-      communicator.all_gather(view(data), view(out), {.wire = how}).wait();
+      communicator.all_gather(view(data), view(out), {.wire = how, .exact_below = 0}).wait();
       if (transport->rank() == 0) errors.push_back(relative_error(part(out, 0, 6421), data));
     });
   }
@@ -297,12 +301,12 @@ TEST(Collective, StochasticRoundingIsUnbiased) {
     Communicator communicator(transport);
     std::vector<float> data = values(3, 256), out(512), mean(256);
     Wire how = wire("int4:g64:fp16");
-    communicator.all_gather(view(data), view(out), {.wire = how}).wait();
+    communicator.all_gather(view(data), view(out), {.wire = how, .exact_below = 0}).wait();
     const double once = relative_error(part(out, 0, 256), data);
     how.stochastic = true;
     bool ranks_differ = false;
     for (uint64_t seed = 0; seed < kSeeds; ++seed) {
-      communicator.all_gather(view(data), view(out), {.wire = how, .seed = seed}).wait();
+      communicator.all_gather(view(data), view(out), {.wire = how, .seed = seed, .exact_below = 0}).wait();
       ranks_differ |= part(out, 0, 256) != part(out, 256, 256);
       for (size_t i = 0; i < mean.size(); ++i) mean[i] += out[i] / kSeeds;
     }
@@ -322,7 +326,8 @@ TEST(Collective, ErrorFeedbackLosesNothingOverSteps) {
         const TensorView kept = view(error);
         const Wire narrow{.format = Format::parse("int4:g64:bf16"), .hadamard = hadamard};
         // Between nodes exactly, since the error is of the first rounding.
-        const CollectiveOptions options{.wire = node_size == 0 ? narrow : Wire{}, .inside = narrow, .chunk_bytes = 500};
+        const CollectiveOptions options{
+            .wire = node_size == 0 ? narrow : Wire{}, .inside = narrow, .chunk_bytes = 500, .exact_below = 0};
         std::vector<float> exact(300);
         communicator.reduce_scatter(view(data), view(exact), Reduction::mean, {}).wait();
         double once = 0;
@@ -351,7 +356,7 @@ TEST(Collective, NanAndInfinityArriveAsNan) {
           std::vector<float> data = values(transport->rank(), 500), out(500);
           if (transport->rank() == 1) data[200] = value;
           const Wire how{.format = Format::parse(format), .hadamard = hadamard};
-          communicator.all_reduce(view(data), view(out), Reduction::sum, {.wire = how}).wait();
+          communicator.all_reduce(view(data), view(out), Reduction::sum, {.wire = how, .exact_below = 0}).wait();
           EXPECT_TRUE(std::isnan(out[200]));
           EXPECT_TRUE(std::isfinite(out[0]));
           EXPECT_TRUE(std::isfinite(out[499]));
@@ -367,7 +372,7 @@ TEST(Collective, HalvesGoInAndComeOut) {
     std::vector<bf16> input(300), out(100);
     for (size_t i = 0; i < input.size(); ++i) input[i] = to_bf16(static_cast<float>(i % 17) - 8);
     const TensorView from(input.data(), DType::bf16, {3, 100}), to(out.data(), DType::bf16, {100});
-    communicator.reduce_scatter(from, to, Reduction::mean, {.wire = wire("int8:g16:bf16")}).wait();
+    communicator.reduce_scatter(from, to, Reduction::mean, {.wire = wire("int8:g16:bf16"), .exact_below = 0}).wait();
     for (size_t i = 0; i < out.size(); ++i) {
       const float exact = to_float(input[static_cast<size_t>(transport->rank()) * 100 + i]);
       EXPECT_NEAR(to_float(out[i]), exact, 0.06f);
