@@ -15,6 +15,7 @@
 #include "narrowgauge/quantize.hpp"
 #include "narrowgauge/stream.hpp"
 #include "quantize/arguments.hpp"
+#include "quantize/sum.hpp"
 
 namespace ng {
 
@@ -181,7 +182,7 @@ void find_global_scale(const cuda::QuantizeArgs& args, size_t type, const Stream
   if (!zeros) launch("finish_global_scale", {}, 1, stream, args);
 }
 
-void launch_dequantize(const Names& names, std::span<const CanonicalView> peers, const TensorView& out,
+void launch_dequantize(const Names& names, std::span<const CanonicalView> peers, int divisor, const TensorView& out,
                        const Stream& stream) {
   const CanonicalView& first = peers[0];
   const codec::Source type = codec::source_of(out.dtype, "out");
@@ -195,6 +196,7 @@ void launch_dequantize(const Names& names, std::span<const CanonicalView> peers,
   args.shape = shape_of(first, dense.row_stride);
   args.element = codec::element_of(first.format.element, false);
   args.scale = static_cast<codec::Scale>(first.format.scale);
+  args.divisor = static_cast<float>(divisor);
   launch(names[static_cast<size_t>(type)], grid_of(args.shape), kThreads, stream, args);
 }
 
@@ -244,14 +246,19 @@ void quantize(const TensorView& weights, const CanonicalView& out, const Quantiz
 
 void dequantize(const CanonicalView& matrix, const TensorView& out, const Stream& stream) {
   codec::check_canonical(matrix);
-  launch_dequantize(kDequantize, std::span(&matrix, 1), out, stream);
+  launch_dequantize(kDequantize, std::span(&matrix, 1), 1, out, stream);
+}
+
+void codec::dequantize_sum(std::span<const CanonicalView> peers, int divisor, const TensorView& out,
+                           const Stream& stream) {
+  check_peers(peers);
+  NG_CHECK(peers.size() <= cuda::kMostPeers, InvalidArgument, "dequantize_sum of ", peers.size(),
+           " matrices on a device; expected at most ", cuda::kMostPeers);
+  launch_dequantize(kDequantizeSum, peers, divisor, out, stream);
 }
 
 void dequantize_sum(std::span<const CanonicalView> peers, const TensorView& out, const Stream& stream) {
-  codec::check_peers(peers);
-  NG_CHECK(peers.size() <= cuda::kMostPeers, InvalidArgument, "dequantize_sum of ", peers.size(),
-           " matrices on a device; expected at most ", cuda::kMostPeers);
-  launch_dequantize(kDequantizeSum, peers, out, stream);
+  codec::dequantize_sum(peers, 1, out, stream);
 }
 
 }  // namespace ng

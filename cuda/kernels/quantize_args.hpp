@@ -73,6 +73,7 @@ struct DequantizeArgs {
   Shape shape;
   codec::Element element;
   codec::Scale scale;
+  float divisor;  // of sums
   int32_t peers;
   Arrays peer[kMostPeers];
 };

@@ -383,6 +383,10 @@ __device__ void dequantize(const DequantizeArgs& args) {
     for (int p = 0; p < args.peers; ++p) {
       decode(args, args.peer[p], row, tile, n, staged, lane, [&](int i, float value) { x[i] += value; });
     }
+    if (args.divisor != 1.0f) {
+#pragma unroll
+      for (float& sum : x) sum = __fdiv_rn(sum, args.divisor);
+    }
   } else {
     decode(args, args.peer[0], row, tile, n, staged, lane, [&](int i, float value) { x[i] = value; });
   }

@@ -20,10 +20,15 @@
 #include "narrowgauge/format.hpp"
 #include "narrowgauge/memory.hpp"
 #include "narrowgauge/quantize.hpp"
+#include "narrowgauge/stream.hpp"
 #include "narrowgauge/tensor.hpp"
 #include "narrowgauge/transport.hpp"
 
 namespace ng {
+
+namespace collective {
+class Place;
+}
 
 // How elements travel.
 struct Wire {
@@ -50,6 +55,8 @@ struct CollectiveOptions {
   uint64_t seed = 0;              // of stochastic rounding; a new one for every call
   // Tensors of fewer bytes travel as they are, whatever the wires say: see plan_collective(). 0: none do.
   int64_t exact_below = kExactBelow;
+  // Where the transport carries memory of a GPU: what orders the collective's work there.
+  std::optional<Stream> stream{};
 };
 
 enum class Reduction : uint8_t { sum, mean };
@@ -92,7 +99,8 @@ class Pending {
   Pending& operator=(Pending&&) noexcept;
   ~Pending();  // gives up what was not waited for
 
-  // Decodes what arrives; returns when the result is complete. Throws TransportError, Timeout. Later calls do nothing.
+  // Decodes what arrives; returns when the result is complete, on a GPU when all of that has been given to the stream.
+  // Throws TransportError, Timeout. Later calls do nothing.
   void wait();
 
  private:
@@ -104,7 +112,7 @@ class Pending {
 // Format. Move-only; used by one thread at a time.
 class SecondaryShard {
  public:
-  // Memory comes from `pool`, in host memory; null: a HostPool of its own.
+  // Memory comes from `pool`, of the kind that the transport carries; null: a HostPool of its own.
   explicit SecondaryShard(std::shared_ptr<Pool> pool = nullptr);
   ~SecondaryShard();
   SecondaryShard(SecondaryShard&& other) noexcept;
@@ -127,10 +135,15 @@ class SecondaryShard {
   std::string content_;
 };
 
-// The ranks that take part, and their nodes. Tensors are f32, f16 or bf16, dense, in host memory, of any shape; results
-// do not overlap inputs unless said. Used by one thread at a time. All ranks call the same collectives in the same
-// order; the first call of a kind compares its description with the others': if they differ, all throw TransportError
-// with both.
+// The ranks that take part, and their nodes. Tensors are f32, f16 or bf16, dense, of any shape, in memory of the kind
+// that the transport carries; results do not overlap inputs unless said. Used by one thread at a time. All ranks call
+// the same collectives in the same order; the first call of a kind compares its description with the others': if they
+// differ, all throw TransportError with both.
+//
+// On a GPU (transport_nccl.hpp) the results are the host's, bit for bit, but for which NaN a NaN is. Work is given to
+// options.stream, in memory of default_device_pool(), and nothing waits for the GPU but the first call of a kind; the
+// stream must not be captured. At most 64 ranks add up in one level. What ends badly there is thrown by the next call,
+// and by Stream::synchronize() of the device.
 class Communicator {
  public:
   // node_size: ranks [0, node_size) are the first node, and so on; 0: no nodes. Throws InvalidArgument unless it
@@ -182,8 +195,11 @@ class Communicator {
   struct Setup;
   class Job;
   Pending start(const char* name, Setup setup);
-  void agree(const std::string& description);
+  void agree(const std::string& description, Transport& transport, const collective::Place& place);
   CollectiveOptions planned(CollectiveKind kind, int64_t numel, DType dtype, const CollectiveOptions& options) const;
+  std::shared_ptr<collective::Place> place_of(const CollectiveOptions& options) const;
+  static std::shared_ptr<Transport> ordered(const std::shared_ptr<Transport>& transport,
+                                            const CollectiveOptions& options);
 
   std::shared_ptr<Transport> transport_;
   std::shared_ptr<Transport> node_;    // the ranks of this node; null without nodes

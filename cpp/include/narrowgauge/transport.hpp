@@ -2,6 +2,9 @@
 // (torch.distributed, MPI, NCCL), or memory, where the ranks are threads of one process. Never sockets of our own.
 //
 // All ranks start the same transfers in the same order. A rank's transport is used by one thread at a time.
+//
+// One that carries memory of a GPU works in the order of a stream: a transfer follows what the stream has been given
+// before, and what "is received" or "may be written again" is so for work that the stream is given from then on.
 #pragma once
 
 #include <chrono>
@@ -12,6 +15,9 @@
 #include <string>
 #include <string_view>
 #include <vector>
+
+#include "narrowgauge/device.hpp"
+#include "narrowgauge/stream.hpp"
 
 namespace ng {
 
@@ -31,6 +37,13 @@ class Transport {
   virtual int rank() const = 0;
   virtual int size() const = 0;
   virtual std::string name() const = 0;
+  // Of what memory it carries the bytes.
+  virtual Device device() const { return {}; }
+  // The same ranks and transfers, in the order of another stream of the device. Throws InvalidArgument for host memory.
+  virtual std::shared_ptr<Transport> on(const Stream& stream);
+
+  // Waits, within the timeout, until a GPU has done all transfers. Throws what Transfer::wait() throws.
+  virtual void synchronize() {}
 
   // Both return when the transfer has been started; its memory must stay until wait() has returned. `operation` is what
   // errors call it.

@@ -9,21 +9,20 @@
 
 #include "collective/layout.hpp"
 #include "collective/pipeline.hpp"
+#include "collective/place.hpp"
 #include "collective/wire.hpp"
 #include "narrowgauge/error.hpp"
 
 namespace ng {
 namespace {
 
+using collective::Block;
 using collective::check_options;
-using collective::copy_codes;
 using collective::cut;
-using collective::decode;
-using collective::decode_sum;
-using collective::encode;
 using collective::equal_parts;
 using collective::Layout;
 using collective::nearly_equal_parts;
+using collective::Place;
 using collective::Range;
 using collective::unit_elements;
 using collective::wire_bytes;
@@ -39,19 +38,20 @@ struct Elements {
   std::byte* at(int64_t index) const { return data + index * static_cast<int64_t>(dtype_bytes(dtype)); }
 };
 
-Elements elements_of(const TensorView& tensor, const char* name) {
+Elements elements_of(const TensorView& tensor, const char* name, const Place& place) {
   NG_CHECK(tensor.dtype == DType::f32 || tensor.dtype == DType::f16 || tensor.dtype == DType::bf16, InvalidArgument,
            name, " is ", dtype_name(tensor.dtype), "; expected float32, float16 or bfloat16");
   NG_CHECK(tensor.is_contiguous(), InvalidArgument, name, " is strided; expected dense elements");
   NG_CHECK(tensor.data != nullptr || tensor.numel() == 0, InvalidArgument, name, " is null; expected ", tensor.numel(),
            " elements");
+  place.check(tensor.data, name, dtype_bytes(tensor.dtype));
   return {static_cast<std::byte*>(tensor.data), tensor.dtype, tensor.numel()};
 }
 
 // What error feedback keeps; null if there is none.
-float* error_of(const TensorView* tensor, int64_t n) {
+float* error_of(const TensorView* tensor, int64_t n, const Place& place) {
   if (tensor == nullptr) return nullptr;
-  const Elements error = elements_of(*tensor, "error");
+  const Elements error = elements_of(*tensor, "error", place);
   NG_CHECK(error.dtype == DType::f32 && error.n == n, InvalidArgument, "error is ", tensor->shape_str(), ' ',
            dtype_name(error.dtype), "; expected ", n, " elements of float32, as many as the input has");
   return reinterpret_cast<float*>(error.data);
@@ -61,10 +61,10 @@ float* error_of(const TensorView* tensor, int64_t n) {
 
 // The ranks, as the communicator knows them.
 struct Ranks {
-  Transport* all;
-  Transport* node;    // null without nodes
-  Transport* across;  // likewise
-  int node_size;      // 0: no nodes
+  std::shared_ptr<Transport> all;
+  std::shared_ptr<Transport> node;    // null without nodes
+  std::shared_ptr<Transport> across;  // likewise
+  int node_size = 0;                  // 0: no nodes
 
   bool has_nodes() const { return node_size != 0; }
   int nodes() const { return all->size() / node_size; }
@@ -103,8 +103,7 @@ struct Communicator::Setup {
   // Of the communicator.
   Ranks ranks{};
   std::string operation{};
-  Executor* executor = nullptr;
-  std::shared_ptr<Pool> pool{};
+  std::shared_ptr<Place> place{};
 };
 
 class Communicator::Job final : public Pending::Work {
@@ -151,12 +150,12 @@ class Communicator::Job final : public Pending::Work {
       now.sent_bytes.push_back(wire_bytes(wire, s_.input.dtype, s_.layout.chunk(peer, chunk).n));
       now.received_bytes.push_back(wire_bytes(wire, s_.input.dtype, mine(chunk).n));
     }
-    now.reserve(s_.pool);
+    now.reserve(s_.place->pool());
     std::byte* to = now.sent.data();
     for (int peer = 0; peer < size(); ++peer) {
       const Range range = s_.layout.chunk(peer, chunk);
-      encode(wire, s_.input.at(range.first), s_.input.dtype, range.n,
-             {key(s_.options.seed, rank(), Level::first), range.first}, error(range), to, *s_.executor);
+      s_.place->encode(wire, s_.input.at(range.first), s_.input.dtype, range.n,
+                       {key(s_.options.seed, rank(), Level::first), range.first}, error(range), to);
       to += now.sent_bytes[static_cast<size_t>(peer)];
     }
     return exchange(*s_.ranks.all, now);
@@ -179,13 +178,13 @@ class Communicator::Job final : public Pending::Work {
       now.sent_bytes.push_back(bytes(place));
       now.received_bytes.push_back(bytes(s_.ranks.node->rank()));
     }
-    now.reserve(s_.pool);
+    now.reserve(s_.place->pool());
     std::byte* to = now.sent.data();
     for (int place = 0; place < s_.ranks.node_size; ++place) {
       for (int node = 0; node < nodes; ++node) {
         const Range range = s_.layout.chunk(rank_at(node, place), chunk);
-        encode(wire, s_.input.at(range.first), s_.input.dtype, range.n,
-               {key(s_.options.seed, rank(), Level::first), range.first}, error(range), to, *s_.executor);
+        s_.place->encode(wire, s_.input.at(range.first), s_.input.dtype, range.n,
+                         {key(s_.options.seed, rank(), Level::first), range.first}, error(range), to);
         to += wire_bytes(wire, s_.input.dtype, range.n);
       }
     }
@@ -199,16 +198,16 @@ class Communicator::Job final : public Pending::Work {
       now.sent_bytes.push_back(wire_bytes(wire, DType::f32, s_.layout.chunk(rank_at(node, place), chunk).n));
       now.received_bytes.push_back(wire_bytes(wire, DType::f32, mine(chunk).n));
     }
-    now.reserve(s_.pool);
+    now.reserve(s_.place->pool());
     std::byte* to = now.sent.data();
     int64_t skipped = 0;  // of each peer's bytes
     for (int node = 0; node < nodes; ++node) {
       const Range range = s_.layout.chunk(rank_at(node, place), chunk);
       const std::vector<const std::byte*> units = units_of(before, before.received_bytes[0], skipped);
       std::byte* const sum = scratch(range.n);
-      decode_sum(s_.options.inside, units, s_.input.dtype, range.n, 1, sum, DType::f32, *s_.executor);
-      encode(wire, sum, DType::f32, range.n, {key(s_.options.seed, rank(), Level::across), range.first}, nullptr, to,
-             *s_.executor);
+      s_.place->decode_sum(s_.options.inside, units, s_.input.dtype, range.n, 1, sum, DType::f32);
+      s_.place->encode(wire, sum, DType::f32, range.n, {key(s_.options.seed, rank(), Level::across), range.first},
+                       nullptr, to);
       skipped += wire_bytes(s_.options.inside, s_.input.dtype, range.n);
       to += now.sent_bytes[static_cast<size_t>(node)];
     }
@@ -227,8 +226,8 @@ class Communicator::Job final : public Pending::Work {
   // The sum of what all ranks have sent for this rank's part.
   void sum(int chunk, const Message& before, void* to, DType dtype) const {
     const DType sent = s_.ranks.has_nodes() ? DType::f32 : s_.input.dtype;
-    decode_sum(s_.options.wire, units_of(before, before.received_bytes[0], 0), sent, mine(chunk).n, s_.divisor, to,
-               dtype, *s_.executor);
+    s_.place->decode_sum(s_.options.wire, units_of(before, before.received_bytes[0], 0), sent, mine(chunk).n,
+                         s_.divisor, to, dtype);
   }
 
   void finish_sum(int chunk, const Message& before) const {
@@ -251,9 +250,9 @@ class Communicator::Job final : public Pending::Work {
     const Range range = mine(chunk);
     now.sent_bytes = {gathered_bytes(chunk)};
     now.received_bytes = {gathered_bytes(chunk) * transport.size()};
-    now.reserve(s_.pool);
+    now.reserve(s_.place->pool());
     const int64_t used = wire_bytes(s_.options.wire, dtype, range.n);
-    std::memset(now.sent.data() + used, 0, now.sent.size() - static_cast<size_t>(used));
+    s_.place->clear(now.sent.data() + used, now.sent.size() - static_cast<size_t>(used));
     const std::byte* from = nullptr;
     if (before == nullptr) {
       from = s_.input.at(range.first - s_.layout.parts[static_cast<size_t>(rank())].first);
@@ -262,8 +261,8 @@ class Communicator::Job final : public Pending::Work {
       sum(chunk, *before, all, dtype);
       from = all;
     }
-    encode(s_.options.wire, from, dtype, range.n, {key(s_.options.seed, rank(), Level::gather), range.first}, nullptr,
-           now.sent.data(), *s_.executor);
+    s_.place->encode(s_.options.wire, from, dtype, range.n, {key(s_.options.seed, rank(), Level::gather), range.first},
+                     nullptr, now.sent.data());
     return gather(transport, now);
   }
 
@@ -273,9 +272,9 @@ class Communicator::Job final : public Pending::Work {
     std::byte* const kept = s_.secondary == nullptr ? nullptr : s_.secondary->data_ + kept_before(chunk);
     if (before != nullptr) {
       now.sent = std::move(before->received);
-      if (kept != nullptr) std::memcpy(kept, now.sent.data(), now.sent.size());
+      if (kept != nullptr) s_.place->copy(kept, now.sent.data(), now.sent.size());
     }
-    now.received = Block(s_.pool, static_cast<size_t>(bytes) * static_cast<size_t>(s_.ranks.node->size()));
+    now.received = Block(s_.place->pool(), static_cast<size_t>(bytes) * static_cast<size_t>(s_.ranks.node->size()));
     const std::byte* const sent = before == nullptr ? kept : now.sent.data();
     return s_.ranks.node->all_gather({sent, static_cast<size_t>(bytes)}, now.received.data(), s_.operation);
   }
@@ -295,9 +294,9 @@ class Communicator::Job final : public Pending::Work {
       const Range range = s_.layout.chunk(peer, chunk);
       const std::byte* unit = before.received.data() + at * gathered_bytes(chunk);
       if (s_.codes) {
-        copy_codes(unit, range.n, range.first, *s_.codes);
+        s_.place->copy_codes(unit, range.n, range.first, *s_.codes);
       } else {
-        decode(s_.options.wire, unit, gathered_type(), range.n, s_.out.at(range.first), s_.out.dtype, *s_.executor);
+        s_.place->decode(s_.options.wire, unit, gathered_type(), range.n, s_.out.at(range.first), s_.out.dtype);
       }
     }
     if (s_.secondary != nullptr && chunk == s_.layout.chunks - 1) s_.secondary->is_filled_ = true;
@@ -306,7 +305,7 @@ class Communicator::Job final : public Pending::Work {
   // Room for n floats, until the next call.
   std::byte* scratch(int64_t n) {
     const auto bytes = static_cast<size_t>(n) * sizeof(float);
-    if (scratch_.size() < bytes) scratch_ = Block(s_.pool, bytes);
+    if (scratch_.size() < bytes) scratch_ = Block(s_.place->pool(), bytes);
     return scratch_.data();
   }
 
@@ -320,15 +319,14 @@ namespace {
 class Exchange final : public Pending::Work {
  public:
   struct Setup {
-    Transport* transport;
+    std::shared_ptr<Transport> transport;
     std::vector<Range> sent, received;
     int64_t unit;
     int chunks;
     Elements input, out;
     CollectiveOptions options;
     std::string operation;
-    Executor* executor;
-    std::shared_ptr<Pool> pool;
+    std::shared_ptr<Place> place;
   };
 
   explicit Exchange(Setup setup) : Work(setup.chunks, 2), s_(std::move(setup)) { start(); }
@@ -342,12 +340,12 @@ class Exchange final : public Pending::Work {
       for (const Range& part : s_.received) {
         sent.received_bytes.push_back(wire_bytes(wire, s_.input.dtype, at(part, chunk).n));
       }
-      sent.reserve(s_.pool);
+      sent.reserve(s_.place->pool());
       std::byte* to = sent.sent.data();
       for (const Range& part : s_.sent) {
         const Range range = at(part, chunk);
-        encode(wire, s_.input.at(range.first), s_.input.dtype, range.n,
-               {key(s_.options.seed, s_.transport->rank(), Level::first), range.first}, nullptr, to, *s_.executor);
+        s_.place->encode(wire, s_.input.at(range.first), s_.input.dtype, range.n,
+                         {key(s_.options.seed, s_.transport->rank(), Level::first), range.first}, nullptr, to);
         to += wire_bytes(wire, s_.input.dtype, range.n);
       }
       return s_.transport->all_to_all(sent.sent.data(), sent.sent_bytes, sent.received.data(), sent.received_bytes,
@@ -356,7 +354,7 @@ class Exchange final : public Pending::Work {
     const std::byte* from = sent.received.data();
     for (const Range& part : s_.received) {
       const Range range = at(part, chunk);
-      decode(wire, from, s_.input.dtype, range.n, s_.out.at(range.first), s_.out.dtype, *s_.executor);
+      s_.place->decode(wire, from, s_.input.dtype, range.n, s_.out.at(range.first), s_.out.dtype);
       from += wire_bytes(wire, s_.input.dtype, range.n);
     }
     return nullptr;
@@ -413,8 +411,6 @@ void Pending::wait() {
 
 SecondaryShard::SecondaryShard(std::shared_ptr<Pool> pool) : pool_(std::move(pool)) {
   if (pool_ == nullptr) pool_ = std::make_shared<HostPool>();
-  NG_CHECK(pool_->device().is_cpu(), InvalidArgument, "the pool is of ", pool_->device().str(),
-           "; expected host memory");
 }
 
 SecondaryShard::~SecondaryShard() {
@@ -463,13 +459,37 @@ Communicator::Communicator(std::shared_ptr<Transport> transport, int node_size, 
   across_ = transport_->split(rank() % node_size_);
 }
 
-void Communicator::agree(const std::string& description) {
+std::shared_ptr<Place> Communicator::place_of(const CollectiveOptions& options) const {
+  const Device device = transport_->device();
+  if (!options.stream) {
+    NG_CHECK(device.is_cpu(), InvalidArgument, "the transport, ", transport_->name(), ", carries memory of ",
+             device.str(), "; expected tensors on it, and options with a stream of it");
+    return collective::host_place(*executor_, pool_);
+  }
+  const int stream_device = options.stream->device();
+  NG_CHECK(!device.is_cpu(), InvalidArgument, "the stream is of cuda:", stream_device, ", but the transport, ",
+           transport_->name(), ", carries host memory");
+  NG_CHECK(device.gpu == stream_device, InvalidArgument, "the stream is of cuda:", stream_device,
+           ", but the transport, ", transport_->name(), ", carries memory of ", device.str());
+  return collective::device_place(*options.stream);
+}
+
+std::shared_ptr<Transport> Communicator::ordered(const std::shared_ptr<Transport>& transport,
+                                                 const CollectiveOptions& options) {
+  return transport == nullptr || !options.stream ? transport : transport->on(*options.stream);
+}
+
+void Communicator::agree(const std::string& description, Transport& transport, const Place& place) {
   if (agreed_.contains(description)) return;
   constexpr size_t kRecord = 256;
   std::array<char, kRecord> mine{};
   description.copy(mine.data(), kRecord - 1);
   std::vector<char> all(kRecord * static_cast<size_t>(size()));
-  transport_->all_gather(std::as_bytes(std::span(mine)), reinterpret_cast<std::byte*>(all.data()), description)->wait();
+  Block sent(place.pool(), mine.size()), received(place.pool(), all.size());
+  place.upload(sent.data(), std::as_bytes(std::span(mine)));
+  transport.all_gather({sent.data(), sent.size()}, received.data(), description)->wait();
+  transport.synchronize();
+  place.download(std::as_writable_bytes(std::span(all)), received.data());
   for (int other = 0; other < size(); ++other) {
     const char* theirs = all.data() + kRecord * static_cast<size_t>(other);
     NG_CHECK(std::equal(mine.begin(), mine.end(), theirs), TransportError, "rank ", rank(), " calls ", mine.data(),
@@ -479,11 +499,10 @@ void Communicator::agree(const std::string& description) {
 }
 
 Pending Communicator::start(const char* name, Setup setup) {
-  setup.ranks = {transport_.get(), node_.get(), across_.get(), node_size_};
-  setup.executor = executor_;
-  setup.pool = pool_;
+  setup.ranks = {ordered(transport_, setup.options), ordered(node_, setup.options), ordered(across_, setup.options),
+                 node_size_};
   setup.operation = describe(name, setup.input, setup.out, setup.options, node_size_);
-  agree(setup.operation);
+  agree(setup.operation, *setup.ranks.all, *setup.place);
   return Pending(std::make_unique<Job>(std::move(setup)));
 }
 
@@ -503,7 +522,8 @@ CollectiveOptions Communicator::planned(CollectiveKind kind, int64_t numel, DTyp
 
 Pending Communicator::all_gather(const TensorView& shard_tensor, const TensorView& out_tensor,
                                  const CollectiveOptions& asked, SecondaryShard* secondary) {
-  const Elements shard = elements_of(shard_tensor, "shard"), out = elements_of(out_tensor, "out");
+  const std::shared_ptr<Place> place = place_of(asked);
+  const Elements shard = elements_of(shard_tensor, "shard", *place), out = elements_of(out_tensor, "out", *place);
   NG_CHECK(out.n == shard.n * size(), InvalidArgument, "out has ", out.n, " elements; expected ", size(), " x ",
            shard.n);
   const CollectiveOptions options = planned(CollectiveKind::all_gather, out.n, shard.dtype, asked);
@@ -512,11 +532,14 @@ Pending Communicator::all_gather(const TensorView& shard_tensor, const TensorVie
               .input = shard,
               .out = out,
               .options = options,
-              .secondary = secondary};
+              .secondary = secondary,
+              .place = place};
   if (secondary == nullptr) return start("all_gather", std::move(setup));
 
   NG_CHECK(node_size_ != 0, InvalidArgument,
            "a secondary shard with ranks of one level; expected a node_size above 1 and below ", size());
+  NG_CHECK(secondary->pool_->device() == transport_->device(), InvalidArgument, "the secondary shard's pool is of ",
+           secondary->pool_->device().str(), "; expected memory of ", transport_->device().str());
   const std::string content = describe("all_gather", shard, out, options, node_size_);
   if (secondary->is_filled_) {
     NG_CHECK(secondary->content_ == content, InvalidArgument, "the secondary shard is that of ", secondary->content_,
@@ -536,7 +559,8 @@ Pending Communicator::all_gather(const TensorView& shard_tensor, const TensorVie
 Pending Communicator::all_gather(const TensorView& shard_tensor, const CanonicalView& out,
                                  const CollectiveOptions& options) {
   check_options(options);
-  const Elements shard = elements_of(shard_tensor, "shard");
+  const std::shared_ptr<Place> place = place_of(options);
+  const Elements shard = elements_of(shard_tensor, "shard", *place);
   const Format& format = out.format;
   NG_CHECK(options.wire.format == format && !options.wire.hadamard, InvalidArgument, "out is in ", format.str(),
            ", the wire ", options.wire.str(), "; expected the same, without hadamard");
@@ -548,17 +572,22 @@ Pending Communicator::all_gather(const TensorView& shard_tensor, const Canonical
   NG_CHECK(out.rows * cols == 0 || (out.codes != nullptr && out.scales != nullptr &&
                                     (out.zeros != nullptr || !format.element.has_zero_point())),
            InvalidArgument, "an array of out is null");
+  place->check(out.codes, "codes", 1);
+  place->check(out.scales, "scales", scale_bytes(format.scale));
+  place->check(out.zeros, "zeros", 1);
   return start("all_gather of codes", {.steps = gather_steps(node_size_),
                                        .layout = equal_parts(shard.n, size(), shard.dtype, options),
                                        .input = shard,
                                        .out = {nullptr, shard.dtype, shard.n * size()},
                                        .options = options,
-                                       .codes = out});
+                                       .codes = out,
+                                       .place = place});
 }
 
 Pending Communicator::reduce_scatter(const TensorView& input_tensor, const TensorView& out_tensor, Reduction reduction,
                                      const CollectiveOptions& asked, const TensorView* error) {
-  const Elements input = elements_of(input_tensor, "input"), out = elements_of(out_tensor, "out");
+  const std::shared_ptr<Place> place = place_of(asked);
+  const Elements input = elements_of(input_tensor, "input", *place), out = elements_of(out_tensor, "out", *place);
   NG_CHECK(input.n == out.n * size(), InvalidArgument, "input has ", input.n, " elements; expected ", size(), " x ",
            out.n);
   const CollectiveOptions options = planned(CollectiveKind::reduce_scatter, input.n, input.dtype, asked);
@@ -571,13 +600,15 @@ Pending Communicator::reduce_scatter(const TensorView& input_tensor, const Tenso
                 .input = input,
                 .out = out,
                 .options = options,
-                .error = error_of(error, input.n),
-                .divisor = is_mean ? size() : 1});
+                .error = error_of(error, input.n, *place),
+                .divisor = is_mean ? size() : 1,
+                .place = place});
 }
 
 Pending Communicator::all_reduce(const TensorView& input_tensor, const TensorView& out_tensor, Reduction reduction,
                                  const CollectiveOptions& asked, const TensorView* error) {
-  const Elements input = elements_of(input_tensor, "input"), out = elements_of(out_tensor, "out");
+  const std::shared_ptr<Place> place = place_of(asked);
+  const Elements input = elements_of(input_tensor, "input", *place), out = elements_of(out_tensor, "out", *place);
   NG_CHECK(input.n == out.n, InvalidArgument, "out has ", out.n, " elements; expected ", input.n);
   const CollectiveOptions options = planned(CollectiveKind::all_reduce, input.n, input.dtype, asked);
   const bool is_mean = reduction == Reduction::mean;
@@ -589,15 +620,17 @@ Pending Communicator::all_reduce(const TensorView& input_tensor, const TensorVie
                 .input = input,
                 .out = out,
                 .options = options,
-                .error = error_of(error, input.n),
-                .divisor = is_mean ? size() : 1});
+                .error = error_of(error, input.n, *place),
+                .divisor = is_mean ? size() : 1,
+                .place = place});
 }
 
 Pending Communicator::all_to_all(const TensorView& input_tensor, std::span<const int64_t> input_numels,
                                  const TensorView& out_tensor, std::span<const int64_t> out_numels,
                                  const CollectiveOptions& options) {
   check_options(options);
-  const Elements input = elements_of(input_tensor, "input"), out = elements_of(out_tensor, "out");
+  const std::shared_ptr<Place> place = place_of(options);
+  const Elements input = elements_of(input_tensor, "input", *place), out = elements_of(out_tensor, "out", *place);
   const auto parts_of = [&](std::span<const int64_t> numels, int64_t n, const char* name) {
     NG_CHECK(static_cast<int>(numels.size()) == size(), InvalidArgument, name, " has ", numels.size(),
              " parts; expected one for each of ", size(), " ranks");
@@ -612,7 +645,7 @@ Pending Communicator::all_to_all(const TensorView& input_tensor, std::span<const
     NG_CHECK(first == n, InvalidArgument, name, " has parts of ", first, " elements; expected ", n);
     return parts;
   };
-  Exchange::Setup setup{.transport = transport_.get(),
+  Exchange::Setup setup{.transport = ordered(transport_, options),
                         .sent = parts_of(input_numels, input.n, "input"),
                         .received = parts_of(out_numels, out.n, "out"),
                         .unit = unit_elements(options.wire),
@@ -621,12 +654,11 @@ Pending Communicator::all_to_all(const TensorView& input_tensor, std::span<const
                         .out = out,
                         .options = options,
                         .operation = {},
-                        .executor = executor_,
-                        .pool = pool_};
+                        .place = place};
   // Ranks have different numbers of elements, so that all of it is cut into the same number of chunks.
   setup.operation =
       concat("all_to_all of ", dtype_name(input.dtype), " in ", options.wire.str(), ", ", options.chunks, " chunks");
-  agree(setup.operation);
+  agree(setup.operation, *setup.transport, *place);
   return Pending(std::make_unique<Exchange>(std::move(setup)));
 }
 

@@ -8,53 +8,24 @@
 #include <memory>
 #include <numeric>
 #include <string>
-#include <utility>
 #include <vector>
 
+#include "collective/place.hpp"
 #include "narrowgauge/collective.hpp"
-#include "narrowgauge/memory.hpp"
 
 namespace ng {
-
-// Bytes of a pool, contents undefined. Move-only.
-class Block {
- public:
-  Block() = default;
-  Block(std::shared_ptr<Pool> pool, size_t bytes) : pool_(std::move(pool)), size_(bytes) {
-    if (bytes != 0) data_ = static_cast<std::byte*>(pool_->allocate(bytes));
-  }
-  ~Block() {
-    if (data_ != nullptr) pool_->deallocate(data_, size_);
-  }
-  Block(Block&& other) noexcept { *this = std::move(other); }
-  Block& operator=(Block&& other) noexcept {
-    std::swap(pool_, other.pool_);
-    std::swap(data_, other.data_);
-    std::swap(size_, other.size_);
-    return *this;
-  }
-
-  std::byte* data() noexcept { return data_; }
-  const std::byte* data() const noexcept { return data_; }
-  size_t size() const noexcept { return size_; }
-
- private:
-  std::shared_ptr<Pool> pool_;
-  std::byte* data_ = nullptr;
-  size_t size_ = 0;
-};
 
 // What a rank sends to and receives from the others in one transfer.
 struct Message {
   std::vector<int64_t> sent_bytes, received_bytes;  // by rank
-  Block sent, received;
+  collective::Block sent, received;
 
   void reserve(const std::shared_ptr<Pool>& pool) {
     const auto total = [](const std::vector<int64_t>& bytes) {
       return static_cast<size_t>(std::accumulate(bytes.begin(), bytes.end(), int64_t{0}));
     };
-    sent = Block(pool, total(sent_bytes));
-    received = Block(pool, total(received_bytes));
+    sent = collective::Block(pool, total(sent_bytes));
+    received = collective::Block(pool, total(received_bytes));
   }
 };
 

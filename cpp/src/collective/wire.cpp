@@ -31,20 +31,6 @@ const std::byte* at(const void* from, DType dtype, int64_t index) {
 }
 std::byte* at(void* from, DType dtype, int64_t index) { return static_cast<std::byte*>(from) + index * size_of(dtype); }
 
-// Elements [first, first + n) of a unit of which `first` starts a group.
-CanonicalView part(const Format& format, const std::byte* unit, int64_t unit_n, int64_t first, int64_t n) {
-  const CanonicalBytes bytes = canonical_bytes(format, 1, unit_n);
-  auto* base = const_cast<std::byte*>(unit);
-  const int64_t group = first / format.group;
-  CanonicalView view{.format = format, .rows = 1, .cols = n};
-  view.scales = base + group * static_cast<int64_t>(scale_bytes(format.scale));
-  if (format.element.has_zero_point()) view.zeros = reinterpret_cast<uint8_t*>(base) + bytes.scales + group;
-  view.codes = reinterpret_cast<uint8_t*>(base) + bytes.scales + bytes.zeros + first * format.element.bits / 8;
-  return view;
-}
-
-TensorView row(const void* data, DType dtype, int64_t n) { return {const_cast<void*>(data), dtype, {1, n}}; }
-
 // x = H x / sqrt(n) for n a power of two, in place: its own inverse, but for rounding. n < 64.
 void short_hadamard(float* x, int64_t n) {
   for (int64_t half = 1; half < n; half *= 2) {
@@ -95,14 +81,30 @@ void check_wire(const Wire& wire) {
 
 int64_t unit_elements(const Wire& wire) { return wire.format ? std::lcm(int64_t{wire.format->group}, kHadamard) : 64; }
 
-int64_t wire_bytes(const Wire& wire, DType dtype, int64_t n) {
-  const int64_t bytes = wire.format ? canonical_bytes(*wire.format, 1, n).total() : n * size_of(dtype);
-  return (bytes + kPadding - 1) / kPadding * kPadding;
+int64_t unit_bytes(const Wire& wire, DType dtype, int64_t n) {
+  return wire.format ? canonical_bytes(*wire.format, 1, n).total() : n * size_of(dtype);
 }
+
+int64_t wire_bytes(const Wire& wire, DType dtype, int64_t n) {
+  return (unit_bytes(wire, dtype, n) + kPadding - 1) / kPadding * kPadding;
+}
+
+CanonicalView unit_part(const Format& format, const std::byte* unit, int64_t unit_n, int64_t first, int64_t n) {
+  const CanonicalBytes bytes = canonical_bytes(format, 1, unit_n);
+  auto* base = const_cast<std::byte*>(unit);
+  const int64_t group = first / format.group;
+  CanonicalView view{.format = format, .rows = 1, .cols = n};
+  view.scales = base + group * static_cast<int64_t>(scale_bytes(format.scale));
+  if (format.element.has_zero_point()) view.zeros = reinterpret_cast<uint8_t*>(base) + bytes.scales + group;
+  view.codes = reinterpret_cast<uint8_t*>(base) + bytes.scales + bytes.zeros + first * format.element.bits / 8;
+  return view;
+}
+
+TensorView unit_row(const void* data, DType dtype, int64_t n) { return {const_cast<void*>(data), dtype, {1, n}}; }
 
 void encode(const Wire& wire, const void* from, DType dtype, int64_t n, Randomness random, float* error, std::byte* to,
             Executor& executor) {
-  const int64_t bytes = wire.format ? canonical_bytes(*wire.format, 1, n).total() : n * size_of(dtype);
+  const int64_t bytes = unit_bytes(wire, dtype, n);
   std::memset(to + bytes, 0, static_cast<size_t>(wire_bytes(wire, dtype, n) - bytes));
   if (n == 0) return;
   if (!wire.format) {  // and leaves no error
@@ -112,7 +114,7 @@ void encode(const Wire& wire, const void* from, DType dtype, int64_t n, Randomne
   QuantizeOptions options{.nan = NanPolicy::keep, .stochastic = wire.stochastic, .seed = random.seed};
   options.first_index = random.first;
   if (!wire.hadamard && error == nullptr) {
-    quantize(row(from, dtype, n), part(*wire.format, to, n, 0, n), options, executor);
+    quantize(unit_row(from, dtype, n), unit_part(*wire.format, to, n, 0, n), options, executor);
     return;
   }
   for_bands(wire, n, executor, [&](int64_t first, int64_t count) {
@@ -126,10 +128,10 @@ void encode(const Wire& wire, const void* from, DType dtype, int64_t n, Randomne
     if (wire.hadamard) hadamard(wide.data(), count);
     QuantizeOptions of_band = options;
     of_band.first_index += first;
-    const CanonicalView codes = part(*wire.format, to, n, first, count);
-    quantize(row(wide.data(), DType::f32, count), codes, of_band, serial);
+    const CanonicalView codes = unit_part(*wire.format, to, n, first, count);
+    quantize(unit_row(wide.data(), DType::f32, count), codes, of_band, serial);
     if (left == nullptr) return;
-    dequantize(codes, row(sent.data(), DType::f32, count), serial);
+    dequantize(codes, unit_row(sent.data(), DType::f32, count), serial);
     if (wire.hadamard) hadamard(sent.data(), count);
     for (int64_t i = 0; i < count; ++i) {
       const float rest = left[i] - sent[static_cast<size_t>(i)];
@@ -144,30 +146,37 @@ void decode(const Wire& wire, const std::byte* from, DType dtype, int64_t n, voi
   if (!wire.format && dtype == to_dtype) {
     std::memcpy(to, from, static_cast<size_t>(n * size_of(dtype)));
   } else if (wire.format && !wire.hadamard) {
-    dequantize(part(*wire.format, from, n, 0, n), row(to, to_dtype, n), executor);
+    dequantize(unit_part(*wire.format, from, n, 0, n), unit_row(to, to_dtype, n), executor);
   } else {
     decode_sum(wire, std::span(&from, 1), dtype, n, 1, to, to_dtype, executor);
   }
 }
 
-void copy_codes(const std::byte* from, int64_t n, int64_t first, const CanonicalView& to) {
-  const CanonicalView unit = part(to.format, from, n, 0, n);
+std::array<CodesPart, 3> codes_parts(const std::byte* from, int64_t n, int64_t first, const CanonicalView& to) {
+  const CanonicalView unit = unit_part(to.format, from, n, 0, n);
   const CanonicalBytes bytes = canonical_bytes(to.format, 1, n);
   const int64_t group = first / to.format.group;
-  const auto copy = [](void* out, int64_t offset, const void* in, int64_t size) {
-    if (size != 0) std::memcpy(static_cast<std::byte*>(out) + offset, in, static_cast<size_t>(size));
+  const auto at = [](void* out, int64_t offset, const void* in, int64_t size) {
+    return CodesPart{static_cast<std::byte*>(out) + (size == 0 ? 0 : offset), static_cast<const std::byte*>(in),
+                     static_cast<size_t>(size)};
   };
-  copy(to.scales, group * static_cast<int64_t>(scale_bytes(to.format.scale)), unit.scales, bytes.scales);
-  copy(to.zeros, group, unit.zeros, bytes.zeros);
-  copy(to.codes, first * to.format.element.bits / 8, unit.codes, bytes.codes);
+  return {at(to.scales, group * static_cast<int64_t>(scale_bytes(to.format.scale)), unit.scales, bytes.scales),
+          at(to.zeros, group, unit.zeros, bytes.zeros),
+          at(to.codes, first * to.format.element.bits / 8, unit.codes, bytes.codes)};
+}
+
+void copy_codes(const std::byte* from, int64_t n, int64_t first, const CanonicalView& to) {
+  for (const CodesPart& part : codes_parts(from, n, first, to)) {
+    if (part.bytes != 0) std::memcpy(part.to, part.from, part.bytes);
+  }
 }
 
 void decode_sum(const Wire& wire, std::span<const std::byte* const> from, DType dtype, int64_t n, int divisor, void* to,
                 DType to_dtype, Executor& executor) {
   if (wire.format && !wire.hadamard) {
     std::vector<CanonicalView> peers;
-    for (const std::byte* unit : from) peers.push_back(part(*wire.format, unit, n, 0, n));
-    codec::dequantize_sum(peers, divisor, row(to, to_dtype, n), executor);
+    for (const std::byte* unit : from) peers.push_back(unit_part(*wire.format, unit, n, 0, n));
+    codec::dequantize_sum(peers, divisor, unit_row(to, to_dtype, n), executor);
     return;
   }
   for_bands(wire, n, executor, [&](int64_t first, int64_t count) {
@@ -176,7 +185,7 @@ void decode_sum(const Wire& wire, std::span<const std::byte* const> from, DType 
     const codec::Table& kernels = codec::table();
     const auto get = [&](const std::byte* unit, Band& out) {
       if (wire.format) {
-        dequantize(part(*wire.format, unit, n, first, count), row(out.data(), DType::f32, count), serial);
+        dequantize(unit_part(*wire.format, unit, n, first, count), unit_row(out.data(), DType::f32, count), serial);
       } else {
         kernels.widen(at(unit, dtype, first), codec::source_of(dtype, "from"), count, out.data());
       }

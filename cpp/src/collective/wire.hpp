@@ -8,6 +8,7 @@
 // Units are quantised by quantize.hpp, in bands that stay in the cache where more is done than that.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <span>
 
@@ -22,6 +23,12 @@ void check_wire(const Wire& wire);
 int64_t unit_elements(const Wire& wire);
 
 int64_t wire_bytes(const Wire& wire, DType dtype, int64_t n);
+// Without the padding at its end.
+int64_t unit_bytes(const Wire& wire, DType dtype, int64_t n);
+// Elements [first, first + n) of a unit of unit_n, of which `first` starts a group.
+CanonicalView unit_part(const Format& format, const std::byte* unit, int64_t unit_n, int64_t first, int64_t n);
+// Elements as the matrix of one row that quantize.hpp takes.
+TensorView unit_row(const void* data, DType dtype, int64_t n);
 
 // Stochastic rounding of elements of which the first is number `first` for this key.
 struct Randomness {
@@ -37,6 +44,14 @@ void encode(const Wire& wire, const void* from, DType dtype, int64_t n, Randomne
 // The dtype is that of encode, where elements travel as they are.
 void decode(const Wire& wire, const std::byte* from, DType dtype, int64_t n, void* to, DType to_dtype,
             Executor& executor);
+
+// What copy_codes() copies.
+struct CodesPart {
+  std::byte* to;
+  const std::byte* from;
+  size_t bytes;
+};
+std::array<CodesPart, 3> codes_parts(const std::byte* from, int64_t n, int64_t first, const CanonicalView& to);
 
 // Copies what was encoded, n elements from element `first` of a matrix without padding on, into its arrays.
 void copy_codes(const std::byte* from, int64_t n, int64_t first, const CanonicalView& to);

@@ -82,6 +82,7 @@ DequantizeArgs = structure(
     shape=Shape,
     element=Element,
     scale=c_uint8,
+    divisor=c_float,
     peers=c_int32,
     peer=Arrays * PEERS,
 )
@@ -208,7 +209,7 @@ def dequantize(
     matrices = [Matrix(device, bits, 64, kind == 2, rows, cols) for _ in range(peers)]
     out = device.empty(rows * cols * SIZES[dtype], np.uint8)
     arrays = (Arrays * PEERS)(*[matrix.arrays for matrix in matrices])
-    args = DequantizeArgs(out.ptr, shape(bits, 64, rows, cols), element(kind, bits), 1, peers, arrays)
+    args = DequantizeArgs(out.ptr, shape(bits, 64, rows, cols), element(kind, bits), 1, 1, peers, arrays)
     assert program.find(f"{name}_{dtype}").params[0].size == ctypes.sizeof(args)
     launch = program.launch(f"{name}_{dtype}", (1, rows // 2), 256, [bytes(args)], device)
     launch.ideal = peers * matrices[0].bytes + out.nbytes
