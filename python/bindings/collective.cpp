@@ -8,12 +8,15 @@
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <cstring>
 #include <functional>
 #include <optional>
 #include <string_view>
 
 #include "bindings.hpp"
 #include "narrowgauge/error.hpp"
+#include "narrowgauge/transport_nccl.hpp"
 #include "pool.hpp"
 #include "tensor_view.hpp"
 
@@ -156,6 +159,27 @@ CollectiveKind kind_of(std::string_view text) {
   return CollectiveKind::all_reduce;
 }
 
+std::chrono::milliseconds milliseconds_of(double timeout) {
+  constexpr double kMost = 1e9;
+  NG_CHECK(timeout > 0 && timeout <= kMost, InvalidArgument, "timeout is ", timeout,
+           " s, expected more than 0 and at most ", kMost);
+  return std::chrono::milliseconds(std::max<int64_t>(1, static_cast<int64_t>(timeout * 1000)));
+}
+
+// Options for tensors that lie where `first` does, in the order of its stream on a GPU.
+CollectiveOptions options_for(const CollectiveOptions& options, const BorrowedTensor& first) {
+  CollectiveOptions own = options;
+  if (!first.device().is_cpu()) own.stream = first.stream();
+  return own;
+}
+
+// An argument that lies where the first one does.
+BorrowedTensor beside(const BorrowedTensor& first, nb::handle tensor, const char* name) {
+  BorrowedTensor borrowed(tensor, name, Access::write, Where::anywhere);
+  require_device(borrowed, first.device(), name);
+  return borrowed;
+}
+
 // reduce_scatter or all_reduce.
 using Reduce = Pending (Communicator::*)(const TensorView&, const TensorView&, Reduction, const CollectiveOptions&,
                                          const TensorView*);
@@ -163,12 +187,12 @@ using Reduce = Pending (Communicator::*)(const TensorView&, const TensorView&, R
 template <Reduce kReduce>
 Pending reduce(Communicator& self, nb::handle input, nb::handle out, std::string_view op,
                const CollectiveOptions& options, nb::handle error) {
-  const BorrowedTensor from(input, "input"), to(out, "out", Access::write);
+  const BorrowedTensor from(input, "input", Access::read, Where::anywhere), to = beside(from, out, "out");
   const Reduction reduction = reduction_of(op);
   std::optional<BorrowedTensor> kept;
-  if (!error.is_none()) kept.emplace(error, "error", Access::write);
+  if (!error.is_none()) kept.emplace(beside(from, error, "error"));
   const nb::gil_scoped_release release;
-  return (self.*kReduce)(from.view(), to.view(), reduction, options, kept ? &kept->view() : nullptr);
+  return (self.*kReduce)(from.view(), to.view(), reduction, options_for(options, from), kept ? &kept->view() : nullptr);
 }
 
 }  // namespace
@@ -237,9 +261,9 @@ void bind_collective(nb::module_& module) {
           "all_gather",
           [](Communicator& self, nb::handle shard, nb::handle out, const CollectiveOptions& options,
              SecondaryShard* secondary) {
-            const BorrowedTensor from(shard, "shard"), to(out, "out", Access::write);
+            const BorrowedTensor from(shard, "shard", Access::read, Where::anywhere), to = beside(from, out, "out");
             const nb::gil_scoped_release release;
-            return self.all_gather(from.view(), to.view(), options, secondary);
+            return self.all_gather(from.view(), to.view(), options_for(options, from), secondary);
           },
           "shard"_a, "out"_a, "options"_a, "secondary"_a.none())
       .def(
@@ -249,16 +273,16 @@ void bind_collective(nb::module_& module) {
             NG_CHECK(options.wire.format.has_value(), InvalidArgument,
                      "the wire is exact; expected a Format, which a QTensor has");
             const CanonicalBytes bytes = canonical_bytes(*options.wire.format, rows, cols);
-            const BorrowedTensor from(shard, "shard");
-            const BorrowedTensor code(codes, "codes", Access::write), scale(scales, "scales", Access::write);
+            const BorrowedTensor from(shard, "shard", Access::read, Where::anywhere);
+            const BorrowedTensor code = beside(from, codes, "codes"), scale = beside(from, scales, "scales");
             CanonicalView out{.format = *options.wire.format, .rows = rows, .cols = cols};
             out.codes = dense_bytes(code.view(), "codes", bytes.codes);
             out.scales = dense_bytes(scale.view(), "scales", bytes.scales);
             if (options.wire.format->element.has_zero_point()) {
-              out.zeros = dense_bytes(BorrowedTensor(zeros, "zeros", Access::write).view(), "zeros", bytes.zeros);
+              out.zeros = dense_bytes(beside(from, zeros, "zeros").view(), "zeros", bytes.zeros);
             }
             const nb::gil_scoped_release release;
-            return self.all_gather(from.view(), out, options);
+            return self.all_gather(from.view(), out, options_for(options, from));
           },
           "shard"_a, "codes"_a, "scales"_a, "zeros"_a.none(), "rows"_a, "cols"_a, "options"_a)
       .def("reduce_scatter", reduce<&Communicator::reduce_scatter>, "input"_a, "out"_a, "op"_a, "options"_a,
@@ -268,9 +292,9 @@ void bind_collective(nb::module_& module) {
           "all_to_all",
           [](Communicator& self, nb::handle input, const std::vector<int64_t>& input_numels, nb::handle out,
              const std::vector<int64_t>& out_numels, const CollectiveOptions& options) {
-            const BorrowedTensor from(input, "input"), to(out, "out", Access::write);
+            const BorrowedTensor from(input, "input", Access::read, Where::anywhere), to = beside(from, out, "out");
             const nb::gil_scoped_release release;
-            return self.all_to_all(from.view(), input_numels, to.view(), out_numels, options);
+            return self.all_to_all(from.view(), input_numels, to.view(), out_numels, options_for(options, from));
           },
           "input"_a, "input_numels"_a, "out"_a, "out_numels"_a, "options"_a);
 
@@ -286,13 +310,35 @@ void bind_collective(nb::module_& module) {
       "transport"_a, "node_size"_a, "pool"_a.none());
   module.def(
       "in_process_transports",
-      [](int size, double timeout) {
-        constexpr double kMost = 1e9;
-        NG_CHECK(timeout > 0 && timeout <= kMost, InvalidArgument, "timeout is ", timeout,
-                 " s, expected more than 0 and at most ", kMost);
-        return in_process_transports(size, std::chrono::milliseconds(static_cast<int64_t>(timeout * 1000)));
+      [](int size, double timeout) { return in_process_transports(size, milliseconds_of(timeout)); }, "size"_a,
+      "timeout"_a);
+
+  module.def("why_no_nccl", &why_no_nccl, nb::call_guard<nb::gil_scoped_release>());
+  module.def("nccl_version", &nccl_version, nb::call_guard<nb::gil_scoped_release>());
+  module.def("nccl_unique_id", [] {
+    const NcclId id = nccl_unique_id();
+    return nb::bytes(id.data(), id.size());
+  });
+  module.def(
+      "nccl_transport",
+      [](const nb::bytes& bytes, int rank, int size, int device, double timeout) -> std::shared_ptr<Transport> {
+        NcclId id{};
+        NG_CHECK(bytes.size() == id.size(), InvalidArgument, "the unique id has ", bytes.size(), " bytes, expected ",
+                 id.size());
+        std::memcpy(id.data(), bytes.c_str(), id.size());
+        const std::chrono::milliseconds most = milliseconds_of(timeout);
+        const nb::gil_scoped_release release;
+        return NcclTransport::create(id, rank, size, device, most);
       },
-      "size"_a, "timeout"_a);
+      "unique_id"_a, "rank"_a, "size"_a, "device"_a, "timeout"_a);
+  module.def(
+      "adopted_nccl_transport",
+      [](uintptr_t communicator, const Stream& stream, double timeout) -> std::shared_ptr<Transport> {
+        const std::chrono::milliseconds most = milliseconds_of(timeout);
+        const nb::gil_scoped_release release;
+        return NcclTransport::adopt(reinterpret_cast<void*>(communicator), stream, most);
+      },
+      "communicator"_a, "stream"_a, "timeout"_a);
 }
 
 }  // namespace ng::python

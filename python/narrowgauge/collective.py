@@ -92,7 +92,8 @@ class SecondaryShard:
 class Pending(Generic[Result]):
     """A collective that was started: wait() returns its result. Ranks wait in the order in which they started.
 
-    It keeps its tensors alive; they must not be written before wait() has returned.
+    It keeps its tensors alive; they must not be written before wait() has returned. On a GPU wait() gives the rest of
+    the work to the stream that the collective was started in, and waits for nothing.
     """
 
     def __init__(self, pending: _native.Pending, result: Result, tensors: tuple[Any, ...]) -> None:
@@ -108,10 +109,10 @@ class Pending(Generic[Result]):
 class Communicator:
     """The ranks that take part in collectives, and their nodes.
 
-    Made by from_torch or in_process. Tensors are dense float32, float16 or bfloat16 torch tensors or numpy arrays on
-    the host, of any shape. `wire` says how elements travel: a Wire, a Format or its name, None for as they are. With
-    nodes, `wire` is between them and `inside` within one. All ranks call the same collectives in the same order. A
-    Communicator is used by one thread at a time.
+    Made by from_torch, from_nccl or in_process. Tensors are dense float32, float16 or bfloat16 torch tensors or numpy
+    arrays on the host, of any shape; with from_nccl Tensors or torch tensors on its GPU. `wire` says how elements
+    travel: a Wire, a Format or its name, None for as they are. With nodes, `wire` is between them and `inside` within
+    one. All ranks call the same collectives in the same order. A Communicator is used by one thread at a time.
 
     Every collective takes `async_op`: False waits and returns the result, True returns a Pending; and `chunks` and
     `chunk_bytes`: so many, of at least so many bytes of elements, are on the wire while others are coded. Tensors of
@@ -134,6 +135,38 @@ class Communicator:
 
         _arrays.library("torch")
         return cls(_native.communicator(TorchTransport(group), node_size, None if pool is None else pool._pool))
+
+    @classmethod
+    def from_nccl(
+        cls,
+        comm: bytes | int,
+        rank: int | None = None,
+        size: int | None = None,
+        *,
+        device: int = 0,
+        node_size: int = 0,
+        timeout: float = 300,
+    ) -> Communicator:
+        """Ranks on NVIDIA GPUs, cuda:`device` here, over NCCL: the copy that torch has loaded, or libnccl.so.2.
+
+        comm: what nccl_unique_id() gave one of the ranks, the same on all, with `rank` and `size`; all must call this.
+        Or the address of an ncclComm_t of yours, which must outlive this and is used by nothing else meanwhile; NCCL
+        then works in the device's current stream, otherwise in one of its own.
+
+        A collective is given to the stream that is current for its first tensor, and so is what wait() does: the GPU is
+        waited for by the first call of a kind only. The results are the host's, bit for bit. A rank that is not there
+        within `timeout` seconds, or is lost, is noticed in the background: every later call raises what happened, and
+        so does the next synchronize() of a Stream of the device or copy to the host. TransportError without NCCL.
+        """
+        if isinstance(comm, int):
+            if rank is not None or size is not None:
+                raise ValueError(f"rank is {rank}, size is {size}; expected None, an ncclComm_t knows both")
+            transport = _native.adopted_nccl_transport(comm, _native.current_stream(device), timeout)
+        else:
+            if rank is None or size is None:
+                raise ValueError(f"rank is {rank}, size is {size}; expected both beside a unique id")
+            transport = _native.nccl_transport(comm, rank, size, device, timeout)
+        return cls(_native.communicator(transport, node_size, None))
 
     @classmethod
     def in_process(cls, size: int, *, timeout: float = 300) -> list[Communicator]:
@@ -199,7 +232,7 @@ class Communicator:
         """
         arrays = _arrays.library_of(shard, "shard")
         if out is None:
-            first, rest = (shard.shape[0], shard.shape[1:]) if shard.ndim else (1, ())
+            first, rest = (shard.shape[0], shard.shape[1:]) if shard.shape else (1, ())
             out = arrays.empty((self.size * first, *rest), _name(shard))
         pending = self._native.all_gather(
             _borrowed(shard),
@@ -262,7 +295,7 @@ class Communicator:
         """
         arrays = _arrays.library_of(input, "input")
         if out is None:
-            if not input.ndim or input.shape[0] % self.size:
+            if not input.shape or input.shape[0] % self.size:
                 raise ValueError(f"input has shape {list(input.shape)}, expected a first axis that {self.size} divides")
             out = arrays.empty((input.shape[0] // self.size, *input.shape[1:]), _name(input))
         pending = self._native.reduce_scatter(
@@ -319,6 +352,11 @@ class Communicator:
             _options(wire, None, chunks, chunk_bytes, seed, 0),
         )
         return _result(pending, out, (input, out), async_op)
+
+
+def nccl_unique_id() -> bytes:
+    """What the ranks of a Communicator.from_nccl must share; good for one. TransportError without NCCL."""
+    return _native.nccl_unique_id()
 
 
 def _options(

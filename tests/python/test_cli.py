@@ -141,7 +141,7 @@ def test_doctor(run, monkeypatch):
     assert report["threads"] >= 1 and report["read_bandwidth_gb_s"] > 0
     assert {"CUDA driver", "CUDA kernels", "NCCL", "MPI"} == {p["name"] for p in report["optional"]}
     unused = {part["name"] for part in report["optional"] if "not used by this version" in part["enables"]}
-    assert unused == {"NCCL", "MPI"}
+    assert unused == {"MPI"}
     assert all(part["seen"] for part in report["optional"])
     code, out, _ = run("doctor")
     assert code == 0 and report["cpu"] in out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes.util
 import importlib.util
 import os
 import platform
@@ -177,7 +176,6 @@ def _may_lock_memory() -> bool:
 
 def optional_parts() -> list[Finding]:
     """What this machine may lack: GPUs, and what later versions can use."""
-    nccl = _library("nccl", "libnccl.so.2") or _package("nvidia.nccl")
     mpi = shutil.which("mpirun") or _package("mpi4py")
     later = "; not used by this version"
     return [
@@ -185,8 +183,7 @@ def optional_parts() -> list[Finding]:
         Finding("CUDA kernels", bool(kernels := ng.cuda.architectures()),
                 kernels or "built without nvcc: install CUDA 12.8 or later and build narrowgauge again",
                 "quantize, dequantize and linear on NVIDIA GPUs"),
-        Finding("NCCL", nccl is not None, nccl or "no libnccl.so.2, no nvidia-nccl package",
-                "narrow collectives between GPUs" + later),
+        _nccl(),
         Finding("MPI", mpi is not None, mpi or "no mpirun on PATH, no mpi4py", "collectives over MPI" + later),
     ]  # fmt: skip
 
@@ -202,8 +199,13 @@ def _cuda() -> Finding:
     return Finding("CUDA driver", True, f"CUDA {ng.cuda.driver_version()}: {devices}", enables)
 
 
-def _library(name: str, soname: str) -> str | None:
-    return soname if ctypes.util.find_library(name) is not None else None
+def _nccl() -> Finding:
+    """The copy that a collective would use now: torch's, where torch with CUDA has been imported."""
+    enables = "narrow collectives between NVIDIA GPUs"
+    if reason := _native.why_no_nccl():
+        return Finding("NCCL", False, reason, enables)
+    version = _native.nccl_version()
+    return Finding("NCCL", True, f"NCCL {version // 10000}.{version // 100 % 100}.{version % 100}", enables)
 
 
 def _package(name: str) -> str | None:
