@@ -136,7 +136,6 @@ class NcclTransport::Clique {
   int rank() const { return rank_; }
   int size() const { return size_; }
   const Stream& stream() const { return stream_; }
-  std::chrono::milliseconds timeout() const { return timeout_; }
 
   // Throws if transfers have failed.
   void check() {
