@@ -3,7 +3,10 @@
 
 #include <nanobind/stl/string_view.h>
 
+#include <initializer_list>
 #include <optional>
+#include <string>
+#include <utility>
 
 #include "bindings.hpp"
 #include "packed.hpp"
@@ -53,21 +56,25 @@ class BorrowedCanonical {
   CanonicalView view_;
 };
 
-// The choice whose name is `text`; InvalidArgument naming both otherwise.
+// The choice whose name is `text`; InvalidArgument naming all of them otherwise.
 template <typename Choice>
-Choice choose(std::string_view text, const char* name, std::string_view first, Choice if_first, std::string_view second,
-              Choice if_second) {
-  NG_CHECK(text == first || text == second, InvalidArgument, name, " is '", text, "', expected '", first, "' or '",
-           second, "'");
-  return text == first ? if_first : if_second;
+Choice choose(std::string_view text, const char* name,
+              std::initializer_list<std::pair<std::string_view, Choice>> choices) {
+  std::string names;
+  for (const auto& [known, choice] : choices) {
+    if (text == known) return choice;
+    names += concat(names.empty() ? "'" : " or '", known, "'");
+  }
+  throw InvalidArgument(concat(name, " is '", text, "', expected ", names));
 }
 
 void quantize_into(nb::handle weights, const Format& format, int64_t rows, int64_t cols, nb::handle codes,
                    nb::handle scales, nb::handle zeros, nb::handle global_scale, std::string_view search,
                    std::string_view nan, bool stochastic, uint64_t seed, bool full_range, bool e8m0_ceil) {
   const QuantizeOptions options{
-      .search = choose(search, "search", "absmax", ScaleSearch::absmax, "mse", ScaleSearch::mse),
-      .nan = choose(nan, "nan", "error", NanPolicy::error, "saturate", NanPolicy::saturate),
+      .search = choose<ScaleSearch>(search, "search", {{"absmax", ScaleSearch::absmax}, {"mse", ScaleSearch::mse}}),
+      .nan = choose<NanPolicy>(
+          nan, "nan", {{"error", NanPolicy::error}, {"saturate", NanPolicy::saturate}, {"keep", NanPolicy::keep}}),
       .full_range = full_range,
       .e8m0_ceil = e8m0_ceil,
       .stochastic = stochastic,

@@ -320,8 +320,8 @@ def quantize(
     """`w` [..., cols] (float32, float16 or bfloat16, any strides) as a canonical QTensor in `format`.
 
     search: 'absmax' (scale = amax / largest code value) or 'mse' (the best of a small grid around it, per group).
-    nan: 'error' (ValueError naming the first NaN or infinity; on a GPU at the stream's next synchronize()) or
-    'saturate'.
+    nan: 'error' (ValueError naming the first NaN or infinity; on a GPU at the stream's next synchronize()), 'saturate'
+    (the largest finite float, and 0 for NaN) or 'keep' (all values of the group become NaN).
     stochastic, seed: stochastic rounding, the same on every machine for a seed in [0, 2**64).
     full_range: intN uses -2**(N-1) too. e8m0_ceil: e8m0 scales are rounded up, so that nothing saturates.
     """

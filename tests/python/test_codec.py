@@ -252,6 +252,11 @@ def test_not_finite_weights() -> None:
         q, expected = ng.quantize(w, text, nan="saturate"), ng.quantize(saturated, text)
         assert (codes_of(q) == codes_of(expected)).all()
         assert scales_of(q) == scales_of(expected)
+        group = q.format.group or 40
+        expected = ng.quantize(np.where(np.isfinite(w), w, 0), text).dequantize("float32")
+        for row, col in ((1, 7), (2, 0)):
+            expected[row, col // group * group : (col // group + 1) * group] = np.nan
+        np.testing.assert_array_equal(ng.quantize(w, text, nan="keep").dequantize("float32"), expected)
 
 
 @pytest.mark.parametrize("text", ["int8", "fp6", "uint4:g32", "nvfp4", "nf4"])

@@ -335,6 +335,14 @@ def test_nan_is_raised_at_the_wait(xp: Any) -> None:
 
 
 @pytest.mark.usefixtures("kernels")
+def test_nan_is_kept(xp: Any) -> None:
+    w = numbers((4, 64))
+    w[2, 5] = np.nan
+    there = ng.quantize(xp.put(w), ng.nvfp4, nan="keep").dequantize()
+    assert np.array_equal(xp.get(there), ng.quantize(w, ng.nvfp4, nan="keep").dequantize(), equal_nan=True)
+
+
+@pytest.mark.usefixtures("kernels")
 def test_two_gpus() -> None:
     """What is on one is not mistaken for what is on the other."""
     if "LD_LIBRARY_PATH" not in os.environ:

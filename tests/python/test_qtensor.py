@@ -137,7 +137,7 @@ def test_bad_options() -> None:
     w = torch.randn(4, 16)
     with pytest.raises(ValueError, match="search is 'best', expected 'absmax' or 'mse'"):
         ng.quantize(w, ng.int4, search="best")
-    with pytest.raises(ValueError, match="nan is 'ignore'"):
+    with pytest.raises(ValueError, match="nan is 'ignore', expected 'error' or 'saturate' or 'keep'"):
         ng.quantize(w, ng.int4, nan="ignore")
     with pytest.raises(ValueError, match="seed is -1"):
         ng.quantize(w, ng.int4, stochastic=True, seed=-1)

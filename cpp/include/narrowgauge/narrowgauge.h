@@ -44,10 +44,13 @@ typedef struct ng_tensor {
 /* A matrix in a narrow format that owns its weights once: canonical, or packed for this CPU. */
 typedef struct ng_qtensor ng_qtensor;
 
+/* What becomes of NaN and Inf in the input (NanPolicy of quantize.hpp). */
+typedef enum ng_nan_policy { NG_NAN_ERROR = 0, NG_NAN_SATURATE = 1, NG_NAN_KEEP = 2 } ng_nan_policy;
+
 /* Zero-initialised, these are the defaults. Each is documented in quantize.hpp (QuantizeOptions). */
 typedef struct ng_quantize_options {
-  int32_t search_mse;   /* scale: least squared error over a small grid, instead of amax / largest code value */
-  int32_t nan_saturate; /* NaN and Inf in the input are replaced, instead of refused */
+  int32_t search_mse; /* scale: least squared error over a small grid, instead of amax / largest code value */
+  ng_nan_policy nan;
   int32_t full_range;
   int32_t e8m0_ceil;
   int32_t stochastic;

@@ -17,6 +17,9 @@
 static_assert(NG_F32 == static_cast<int>(ng::DType::f32));
 static_assert(NG_F16 == static_cast<int>(ng::DType::f16));
 static_assert(NG_BF16 == static_cast<int>(ng::DType::bf16));
+static_assert(NG_NAN_ERROR == static_cast<int>(ng::NanPolicy::error));
+static_assert(NG_NAN_SATURATE == static_cast<int>(ng::NanPolicy::saturate));
+static_assert(NG_NAN_KEEP == static_cast<int>(ng::NanPolicy::keep));
 
 struct ng_qtensor {
   explicit ng_qtensor(ng::QTensor&& matrix) : tensor(std::move(matrix)), format(tensor.format().str()) {}
@@ -100,8 +103,11 @@ ng::TensorView view_of(const ng_tensor* tensor, const char* name) {
 
 ng::QuantizeOptions options_of(const ng_quantize_options* options) {
   if (options == nullptr) return {};
+  const ng_nan_policy nan = options->nan;
+  NG_CHECK(nan == NG_NAN_ERROR || nan == NG_NAN_SATURATE || nan == NG_NAN_KEEP, InvalidArgument, "nan is ", nan,
+           "; expected NG_NAN_ERROR, NG_NAN_SATURATE or NG_NAN_KEEP");
   return {.search = options->search_mse != 0 ? ng::ScaleSearch::mse : ng::ScaleSearch::absmax,
-          .nan = options->nan_saturate != 0 ? ng::NanPolicy::saturate : ng::NanPolicy::error,
+          .nan = static_cast<ng::NanPolicy>(nan),
           .full_range = options->full_range != 0,
           .e8m0_ceil = options->e8m0_ceil != 0,
           .stochastic = options->stochastic != 0,

@@ -134,8 +134,19 @@ TEST_F(CApi, OptionsReachTheQuantizer) {
   const ng_tensor view = weights();
   EXPECT_EQ(ng_quantize(&view, "fp6", nullptr, &q_), NG_INVALID_ARGUMENT);
   ng_quantize_options options = {};
-  options.nan_saturate = 1;
+  options.nan = NG_NAN_SATURATE;
   EXPECT_EQ(ng_quantize(&view, "fp6", &options, &q_), NG_OK) << ng_last_error();
+  EXPECT_EQ(dequantized()[3], 0);
+  ng_qtensor_free(q_);
+  q_ = nullptr;
+  options.nan = NG_NAN_KEEP;
+  EXPECT_EQ(ng_quantize(&view, "fp6", &options, &q_), NG_OK) << ng_last_error();
+  EXPECT_TRUE(std::isnan(dequantized()[3]));
+  ng_qtensor_free(q_);
+  q_ = nullptr;
+  options.nan = static_cast<ng_nan_policy>(3);
+  EXPECT_EQ(ng_quantize(&view, "fp6", &options, &q_), NG_INVALID_ARGUMENT);
+  EXPECT_NE(std::string(ng_last_error()).find("nan is 3; expected NG_NAN_ERROR"), std::string::npos);
 }
 
 TEST_F(CApi, FilesKeepTheMatrix) {
