@@ -3,7 +3,7 @@ python -m simgpu report CASES.py|COUNTERS [KERNEL...]   what kernels cost
 
 CASES.py declares runs of kernels, see simgpu/cases.py; COUNTERS is a file that SIMGPU_COUNTERS named. A KERNEL is a
 part of a name. mutate fails if a synchronisation can be dropped unnoticed and no comment `// sync: why` stands beside
-it.
+it; one that a case does not reach may be caught by another case that inlines the same lines.
 """
 
 from __future__ import annotations
@@ -16,11 +16,15 @@ from .mutants import judge
 
 
 def _mutate(cases: list[Case]) -> int:
+    verdicts = [(case.kernel, verdict) for case in cases for verdict in judge(case)]
+    # Kernels share source: what one case does not reach, another may.
+    caught = {(verdict.source, verdict.instruction) for _, verdict in verdicts if verdict.noticed}
     rows, survivors = [], 0
-    for case in cases:
-        for verdict in judge(case):
-            survivors += verdict.survived
-            rows.append([verdict.outcome, case.kernel, verdict.source, verdict.instruction, verdict.reason])
+    for kernel, verdict in verdicts:
+        elsewhere = verdict.survived and not verdict.executed and (verdict.source, verdict.instruction) in caught
+        survivors += verdict.survived and not elsewhere
+        outcome, reason = ("elsewhere", "caught in another kernel") if elsewhere else (verdict.outcome, verdict.reason)
+        rows.append([outcome, kernel, verdict.source, verdict.instruction, reason])
     print(report.table(("outcome", "kernel", "source", "without", "reason"), rows))
     print(f"\n{len(rows)} synchronisations of {len(cases)} kernels, {survivors} can be dropped unnoticed")
     return 1 if survivors else 0

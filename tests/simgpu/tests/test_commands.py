@@ -54,6 +54,44 @@ def test_survivors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "3 synchronisations of 1 kernels, 2 can be dropped unnoticed" in capsys.readouterr().out
 
 
+# Two kernels of the same lines: the barrier is behind a branch that only the second case takes.
+SHARED = """
+__device__ __forceinline__ void turn(const int* in, int* out) {
+  __shared__ int s[32];
+  s[threadIdx.x] = in[threadIdx.x];
+  if (in[0] == 0) {
+    __syncwarp();
+    out[threadIdx.x] = s[31 - threadIdx.x];
+  }
+}
+extern "C" __global__ void turn_never(const int* in, int* out) { turn(in, out); }
+extern "C" __global__ void turn_always(const int* in, int* out) { turn(in, out); }
+"""
+SHARED_DECLARATION = """
+import numpy as np
+import simgpu
+
+def launch(program, kernel, first):
+    device = simgpu.Device(1 << 16)
+    values = np.arange(first, first + 32, dtype=np.int32)
+    return program.launch(kernel, 1, 32, [device.array(values), device.empty(32, np.int32)], device).clean()
+
+never = simgpu.case("turn.cu", "turn_never", elements=32)(lambda program: launch(program, "turn_never", 1))
+always = simgpu.case("turn.cu", "turn_always", elements=32)(lambda program: launch(program, "turn_always", 0))
+"""
+
+
+def test_what_a_case_does_not_reach_may_be_caught_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "turn.cu").write_text(SHARED)
+    declaration = tmp_path / "turn_cases.py"
+    declaration.write_text(SHARED_DECLARATION)
+    assert main(["mutate", str(declaration), "never"]) == 1
+    capsys.readouterr()
+    assert main(["mutate", str(declaration)]) == 0
+    elsewhere, caught = (line.split() for line in capsys.readouterr().out.splitlines()[2:4])
+    assert elsewhere[:2] == ["elsewhere", "turn_never"] and caught[:2] == ["caught", "turn_always"]
+
+
 def test_mutation_of_a_reduction(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["mutate", str(CASES), "reduce"]) == 0
     assert "read after write: no barrier between warps" in capsys.readouterr().out

@@ -7,12 +7,13 @@ from __future__ import annotations
 import ctypes
 import shutil
 from ctypes import c_int32, c_int64, c_uint8, c_uint32
+from pathlib import Path
 
 import numpy as np
 import pytest
 import simgpu
 from fpx import SCALES, pack_codes, pack_records, random_matrix
-from shipped import FLAGS, KERNELS, image
+from shipped import image
 from simgpu import static
 from test_quantize import Arrays, structure
 
@@ -148,10 +149,10 @@ def test_every_synchronisation_is_needed(program: simgpu.Program, kernel: str) -
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
-def test_registers(arch: str) -> None:
-    if shutil.which("nvcc") is None:
-        pytest.skip("nvcc is not installed")
-    for name, kernel in static.resources(KERNELS / "sm80_pack.cu", arch, FLAGS).items():
+def test_registers(program: simgpu.Program, tmp_path: Path, arch: str) -> None:
+    path = tmp_path / "pack.ptx"
+    path.write_text(program.module.text)
+    for name, kernel in static.resources(path, arch).items():
         print(f"{arch} {name}: {kernel.registers} registers, {kernel.shared} bytes of shared memory")
         assert kernel.registers <= 80, name  # three blocks of 256 threads
         assert kernel.stack == kernel.spill_stores == kernel.spill_loads == 0, name

@@ -15,10 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simgpu
-from shipped import FLAGS, KERNELS, image
+from shipped import image
 from simgpu import static
 
-SOURCE = KERNELS / "sm80_quantize.cu"
 ROWS, COLS, PEERS = 16, 4096, 64
 SIZES = {"f32": 4, "f16": 2, "bf16": 2}
 
@@ -114,7 +113,7 @@ def shape(bits: int, group: int, rows: int, cols: int) -> ctypes.Structure:
 def program() -> simgpu.Program:
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not installed")
-    return image(SOURCE.stem)
+    return image("sm80_quantize")
 
 
 class Matrix:
@@ -218,11 +217,11 @@ def dequantize(
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
-def test_registers(arch: str) -> None:
+def test_registers(program: simgpu.Program, tmp_path: Path, arch: str) -> None:
     """ptxas takes 20 s for each."""
-    if shutil.which("nvcc") is None:
-        pytest.skip("nvcc is not installed")
-    for name, kernel in static.resources(SOURCE, arch, FLAGS).items():
+    path = tmp_path / "quantize.ptx"
+    path.write_text(program.module.text)
+    for name, kernel in static.resources(path, arch).items():
         stochastic = "stochastic" in name
         ceiling = next((most for prefix, most in CEILINGS.items() if name.startswith(prefix)), OTHERS)
         print(f"{arch} {name}: {kernel.registers} registers, {kernel.shared} bytes of shared memory")
@@ -231,12 +230,13 @@ def test_registers(arch: str) -> None:
 
 
 @pytest.mark.nightly
-def test_machine_code(tmp_path: Path) -> None:
+def test_machine_code(program: simgpu.Program, tmp_path: Path) -> None:
     """What ptxas makes of the kernels: no local memory, wide accesses."""
-    if shutil.which("nvcc") is None or static.tool("cuobjdump") is None or static.tool("nvdisasm") is None:
-        pytest.skip("nvcc, cuobjdump or nvdisasm is not installed")
-    cubin = tmp_path / "quantize.cubin"
-    subprocess.run(["nvcc", "-cubin", "-arch=sm_80", *FLAGS, "-o", cubin, SOURCE], check=True)
+    if static.tool("cuobjdump") is None or static.tool("nvdisasm") is None:
+        pytest.skip("cuobjdump or nvdisasm is not installed")
+    path, cubin = tmp_path / "quantize.ptx", tmp_path / "quantize.cubin"
+    path.write_text(program.module.text)
+    subprocess.run(["ptxas", "-arch=sm_80", "-o", cubin, path], check=True)
     kernels = static.sass(cubin)
     assert len(kernels) > 10
     for name, opcodes in kernels.items():
