@@ -8,8 +8,10 @@ option(NARROWGAUGE_PTX_ONLY "Build kernels as PTX only, for a quick turn in deve
 
 # No contraction, as on the CPU: fused multiply-adds are written where they are meant. Constant functions that both
 # sides need are called as they are.
-set(nvcc_options -std=c++20 -O3 -fmad=false --expt-relaxed-constexpr
-                 -I${PROJECT_SOURCE_DIR}/cpp/src -I${PROJECT_SOURCE_DIR}/cuda)
+set(include_folders ${PROJECT_SOURCE_DIR}/cpp/src ${PROJECT_SOURCE_DIR}/cuda)
+set(nvcc_options -std=c++20 -O3 -fmad=false --expt-relaxed-constexpr)
+list(TRANSFORM include_folders PREPEND -I OUTPUT_VARIABLE folders)
+list(APPEND nvcc_options ${folders})
 set(cubins 80 90 100 120)
 set(ptx 80)
 
@@ -30,7 +32,25 @@ if(NARROWGAUGE_NVCC)
   string(STRIP "${names} compute_${ptx}" NARROWGAUGE_CUDA_ARCHITECTURES)
 endif()
 
+# What a kernel's source includes of ours, found by reading it. nvcc's own list would be a file that ninja reads from
+# CMakeFiles/, which pip's isolated builds clear: they would make every image again.
+function(find_included file)
+  file(STRINGS ${file} lines REGEX "^#include \"")
+  list(TRANSFORM lines REPLACE "^#include \"(.*)\".*" "\\1")
+  foreach(header IN LISTS lines)
+    unset(found)
+    find_file(found ${header} PATHS ${include_folders} NO_DEFAULT_PATH NO_CACHE REQUIRED)
+    if(NOT found IN_LIST included)
+      list(APPEND included ${found})
+      find_included(${found})
+    endif()
+  endforeach()
+  set(included ${included} PARENT_SCOPE)
+endfunction()
+
 # A source that has the image of kernels/NAME.cu as narrowgauge's images::NAME, or an empty one.
+#
+# NAME.lines.ptx tells the simulated GPU the lines of the .cu. They are half of it: NAME.ptx, which ships, is without.
 function(add_image name)
   set(out ${CMAKE_CURRENT_BINARY_DIR}/images/${name})
   set(source ${PROJECT_SOURCE_DIR}/cuda/kernels/${name}.cu)
@@ -38,18 +58,18 @@ function(add_image name)
   set(IMAGE_PTX "")
   set(IMAGE_CUBINS "")
   if(NARROWGAUGE_NVCC)
-    # Lines let the simulated GPU name those of the .cu, and are half of the PTX: not in what is shipped.
-    set(lines "")
-    if(NARROWGAUGE_PTX_ONLY)
-      set(lines -lineinfo)
-    endif()
-    add_custom_command(OUTPUT ${out}.ptx
-      COMMAND ${NARROWGAUGE_NVCC} ${nvcc_options} ${lines} -ptx -arch=compute_${ptx} -MD -MF ${out}.ptx.d
-              -o ${out}.ptx ${source}
-      DEPENDS ${source} DEPFILE ${out}.ptx.d VERBATIM COMMENT "Compiling ${name} to PTX")
-    list(APPEND parts ${out}.ptx)
-    set(IMAGE_PTX ".incbin \"${out}.ptx\"")
+    set(included "")
+    find_included(${source})
+    set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${source} ${included})
+    add_custom_command(OUTPUT ${out}.lines.ptx
+      COMMAND ${NARROWGAUGE_NVCC} ${nvcc_options} -lineinfo -ptx -arch=compute_${ptx} -o ${out}.lines.ptx ${source}
+      DEPENDS ${source} ${included} VERBATIM COMMENT "Compiling ${name} to PTX")
+    set(shipped ${out}.lines.ptx)
     if(cubins)
+      set(shipped ${out}.ptx)
+      add_custom_command(OUTPUT ${out}.ptx
+        COMMAND sed -e "/^.\\.section.\\.debug/,$d" -e "/^.\\.loc./d" -e "/^.\\.file./d" ${out}.lines.ptx > ${out}.ptx
+        DEPENDS ${out}.lines.ptx VERBATIM)
       # The kernels use nothing newer than that PTX, so all code is made from it: the compiler's first half runs once.
       # Two of the second halves at a time.
       list(TRANSFORM cubins PREPEND sm_ OUTPUT_VARIABLE codes)
@@ -61,6 +81,8 @@ function(add_image name)
       list(APPEND parts ${out}.fatbin)
       set(IMAGE_CUBINS ".incbin \"${out}.fatbin\"")
     endif()
+    list(APPEND parts ${shipped})
+    set(IMAGE_PTX ".incbin \"${shipped}\"")
   endif()
   set(IMAGE_NAME ${name})
   configure_file(${PROJECT_SOURCE_DIR}/cuda/driver/image.cpp.in ${out}.cpp @ONLY)

@@ -16,13 +16,12 @@ FLAGS = ["-std=c++20", "-O3", "-fmad=false", "--expt-relaxed-constexpr", f"-I{RO
 
 @functools.cache
 def _built(image: str) -> str | None:
-    """What build/release made of cuda/kernels/IMAGE.cu, with lines; None if it is older than a source."""
-    ptx = ROOT / "build/release/cpp/images" / f"{image}.ptx"
+    """The PTX in build/release of cuda/kernels/IMAGE.cu, with the source's lines; None if a source is newer."""
+    ptx = ROOT / "build/release/cpp/images" / f"{image}.lines.ptx"
     sources = [*KERNELS.iterdir(), *(ROOT / "cpp/src/quantize").glob("*.hpp")]
     if not ptx.exists() or ptx.stat().st_mtime < max(source.stat().st_mtime for source in sources):
         return None
-    text = ptx.read_text()
-    return text if ".loc" in text else None
+    return ptx.read_text()
 
 
 @functools.cache
