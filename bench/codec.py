@@ -22,6 +22,7 @@ import protocol
 import torch
 
 FORMATS = ["int8", "fp8", "fp6", "int4", "fp5", "fp4", "nf4", "uint4:g64:fp16", "mxfp8", "mxfp6", "mxfp4", "nvfp4"]
+FORMATS += ["int8:g64:bf16", "int4:g64:bf16"]  # what collectives send
 DIRECTIONS = ["quantize fp32", "quantize bf16", "dequantize fp32", "dequantize bf16"]
 
 

@@ -72,7 +72,7 @@ std::string CollectivePlan::str() const {
   if (sent_across != 0) bytes += concat(", ", sent_across, " of them to other nodes");
   const std::string level = inside == wire ? "" : concat(" between nodes, ", inside.str(), " inside");
   return concat(name_of(kind), " of ", numel, ' ', dtype_name(dtype), " on ", ranks, " ranks: ", wire.str(), level,
-                ", since ", reason, "; in ", chunks, " chunks, a rank sends ", bytes);
+                ", since ", reason, "; in ", chunks, chunks == 1 ? " chunk" : " chunks", ", a rank sends ", bytes);
 }
 
 CollectivePlan plan_collective(CollectiveKind kind, int64_t numel, DType dtype, int ranks, int node_size,
