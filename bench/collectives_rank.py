@@ -17,9 +17,29 @@ from pathlib import Path
 import narrowgauge as ng
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
 
+COLUMNS = 1024  # of the matrix that PowerSGD sees
+POWER_SGD_RANK = 4
 FORMATS = {"int8": "int8:g64:bf16", "int4": "int4:g64:bf16"}
 Case = Callable[[], torch.Tensor]
+
+
+def ddp_bucket(n: int, dtype: torch.dtype) -> dist.GradBucket:  # type: ignore[name-defined]
+    """The bucket that DDP hands to the hook of a model with one matrix of n elements."""
+    kept = []
+
+    def keep(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
+        kept.append(bucket)
+        future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    model = DistributedDataParallel(torch.nn.Linear(COLUMNS, n // COLUMNS, bias=False, dtype=dtype))
+    model.register_comm_hook(None, keep)
+    model(torch.zeros(1, COLUMNS, dtype=dtype)).sum().backward()
+    return kept[0]
 
 
 def cases_of(n: int, dtype: torch.dtype) -> dict[tuple[str, str], tuple[Case, torch.Tensor, int]]:
@@ -52,12 +72,32 @@ def cases_of(n: int, dtype: torch.dtype) -> dict[tuple[str, str], tuple[Case, to
         dist.all_reduce(result)
         return result
 
+    bucket = ddp_bucket(n, dtype)
+    sgd = powerSGD_hook.PowerSGDState(None, POWER_SGD_RANK, start_powerSGD_iter=2, use_error_feedback=False)
+
+    def hooked(hook: Callable[[], torch.futures.Future[torch.Tensor]]) -> torch.Tensor:
+        bucket.buffer().copy_(mine)
+        result = hook().wait()
+        return result[0] if isinstance(result, list) else result
+
+    def bf16_hook() -> torch.Tensor:
+        return hooked(lambda: default_hooks.bf16_compress_hook(None, bucket))
+
+    def power_sgd_hook() -> torch.Tensor:
+        return hooked(lambda: powerSGD_hook.powerSGD_hook(sgd, bucket))
+
+    for _ in range(2):
+        power_sgd_hook()  # its first calls are exact
+    factors = POWER_SGD_RANK * (n // COLUMNS + COLUMNS)
+
     sent = part * mine.element_size() * (size - 1)
     cases = {
         ("all_gather", "torch"): (plain_gather, gathered, sent),
         ("reduce_scatter", "torch"): (plain_scatter, my_sum, sent),
         ("reduce_scatter", "all-to-all and sum"): (exchange_and_add, my_sum, sent),
         ("all_reduce", "torch"): (plain_reduce, total, 2 * sent),
+        ("all_reduce", "DDP's bf16 hook"): (bf16_hook, total / size, 2 * sent * 2 // mine.element_size()),
+        ("all_reduce", "DDP's PowerSGD hook"): (power_sgd_hook, total / size, 2 * sent * factors // n),
     }
     for name, format in FORMATS.items():
         bits = ng.Format(format).bits_per_weight(part)

@@ -41,12 +41,13 @@ class Lab:
     """Hosts 0 .. hosts - 1 with addresses 10.77.0.1 and up, while it is entered.
 
     rate: of each link and direction, as tc writes it ("200mbit", "1gbit"), or None for as fast as the kernel goes.
+    ranks: of a host; those of host 0 are the first.
     """
 
-    def __init__(self, hosts: int, rate: str | None) -> None:
-        if hosts < 1:
-            raise ValueError(f"{hosts} hosts, expected at least 1")
-        self.hosts, self.rate = hosts, rate
+    def __init__(self, hosts: int, rate: str | None, ranks: int = 1) -> None:
+        if hosts < 1 or ranks < 1:
+            raise ValueError(f"{hosts} hosts of {ranks} ranks, expected at least 1 of each")
+        self.hosts, self.rate, self.ranks = hosts, rate, hosts * ranks
         self._name = f"ng{os.getpid()}"
         self._undo = ExitStack()
 
@@ -66,35 +67,27 @@ class Lab:
     def namespace(self, host: int) -> str:
         return f"{self._name}h{host}"
 
-    def start(self, host: int, command: Sequence[str], **options: object) -> subprocess.Popen[str]:
-        """Starts a command on a host, with what a rank of torch.distributed finds its peers by."""
+    def start(self, rank: int, command: Sequence[str], **options: object) -> subprocess.Popen[str]:
+        """Starts a command as a rank, on its host, with what a rank of torch.distributed finds its peers by."""
         environment = {
             **os.environ,
-            "RANK": str(host),
-            "WORLD_SIZE": str(self.hosts),
+            "RANK": str(rank),
+            "WORLD_SIZE": str(self.ranks),
             "MASTER_ADDR": "10.77.0.1",
             "MASTER_PORT": str(_PORT),
             "GLOO_SOCKET_IFNAME": "eth0",
         }
+        host = rank // (self.ranks // self.hosts)
         inside = ["ip", "netns", "exec", self.namespace(host), *command]
         return subprocess.Popen(inside, env=environment, text=True, **options)  # type: ignore[call-overload, no-any-return]
 
     def run(self, command: Sequence[str]) -> int:
-        """Runs a command on all hosts; the first exit code that is not 0. All are killed when one fails."""
+        """Runs a command as all ranks; the first exit code that is not 0. All are killed when one fails."""
         with ExitStack() as stack:
-            processes = [self.start(host, command) for host in range(self.hosts)]
+            processes = [self.start(rank, command) for rank in range(self.ranks)]
             for process in processes:
-                stack.callback(_end, process)
-            left = list(processes)
-            while left:
-                pid, status = os.waitpid(-1, 0)
-                for process in left:
-                    if process.pid == pid:
-                        process.returncode = os.waitstatus_to_exitcode(status)
-                left = [process for process in left if process.returncode is None]
-                if any(process.returncode for process in processes):
-                    break
-            return next((process.returncode for process in processes if process.returncode), 0)
+                stack.callback(end, process)
+            return wait_for_all(processes)
 
     def _build(self) -> None:
         switch = f"{self._name}sw"
@@ -119,7 +112,21 @@ class Lab:
         _run("ip", "-n", name, "link", "set", "lo", "up")
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def wait_for_all(processes: list[subprocess.Popen[str]]) -> int:
+    """Until all have ended or one has failed: its exit code, or 0."""
+    left = list(processes)
+    while left:
+        pid, status = os.waitpid(-1, 0)
+        for process in left:
+            if process.pid == pid:
+                process.returncode = os.waitstatus_to_exitcode(status)
+        left = [process for process in left if process.returncode is None]
+        if any(process.returncode for process in processes):
+            break
+    return next((process.returncode for process in processes if process.returncode), 0)
+
+
+def end(process: subprocess.Popen[str]) -> None:
     if process.returncode is None:
         process.kill()
         process.wait()
@@ -144,6 +151,7 @@ def exit_on_signals() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hosts", type=int, default=4)
+    parser.add_argument("--ranks", type=int, default=1, help="of a host")
     parser.add_argument("--rate", default="1gbit", help='such as 200mbit; "none": not shaped')
     parser.add_argument("command", nargs="+", help="after --")
     args = parser.parse_args()
@@ -151,7 +159,7 @@ def main() -> int:
         print(f"netlab: {reason}", file=sys.stderr)
         return 2
     exit_on_signals()
-    with Lab(args.hosts, None if args.rate == "none" else args.rate) as lab:
+    with Lab(args.hosts, None if args.rate == "none" else args.rate, args.ranks) as lab:
         return lab.run(args.command)
 
 

@@ -29,7 +29,7 @@ from narrowgauge.memory import DevicePool, HostPool, PinnedPool, PoolStatistics
 from narrowgauge.qtensor import Canonical, QTensor, quantize
 
 if TYPE_CHECKING:
-    from narrowgauge import checkpoint, cuda, ddp, fsdp, nn, ops
+    from narrowgauge import checkpoint, cuda, ddp, deepspeed, fsdp, nn, ops, shards
     from narrowgauge.checkpoint import Checkpointer, PerRank, load_checkpoint, verify_checkpoint
     from narrowgauge.model import LayerReport, QuantizeReport, load_model, quantize_model, save_model
 
@@ -54,6 +54,7 @@ _LAZY = {
     "checkpoint": None,
     "cuda": None,
     "ddp": None,
+    "deepspeed": None,
     "fsdp": None,
     "load_checkpoint": "checkpoint",
     "verify_checkpoint": "checkpoint",
@@ -64,6 +65,7 @@ _LAZY = {
     "load_model": "model",
     "quantize_model": "model",
     "save_model": "model",
+    "shards": None,
 }
 
 __all__ = [
@@ -93,6 +95,7 @@ __all__ = [
     "checkpoint",
     "cuda",
     "ddp",
+    "deepspeed",
     "format_aliases",
     "fp4",
     "fp5",
@@ -115,6 +118,7 @@ __all__ = [
     "quantize_model",
     "save_model",
     "set_threads",
+    "shards",
     "threads",
     "verify_checkpoint",
 ]

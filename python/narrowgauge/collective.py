@@ -1,4 +1,4 @@
-"""Collectives with narrow numbers on the wire, over torch.distributed, or between threads of one process.
+"""Collectives with narrow numbers on the wire, over torch.distributed or MPI, or between threads of one process.
 
 >>> comm = ng.Communicator.from_torch()
 >>> comm.all_reduce(gradient, "int8:g64:bf16", op="mean", out=gradient)
@@ -109,8 +109,8 @@ class Pending(Generic[Result]):
 class Communicator:
     """The ranks that take part in collectives, and their nodes.
 
-    Made by from_torch, from_nccl or in_process. Tensors are dense float32, float16 or bfloat16 torch tensors or numpy
-    arrays on the host, of any shape; with from_nccl Tensors or torch tensors on its GPU. `wire` says how elements
+    Made by from_torch, from_mpi, from_nccl or in_process. Tensors are dense float32, float16 or bfloat16 torch tensors or
+    numpy arrays on the host, of any shape; with from_nccl Tensors or torch tensors on its GPU. `wire` says how elements
     travel: a Wire, a Format or its name, None for as they are. With nodes, `wire` is between them and `inside` within
     one. All ranks call the same collectives in the same order. A Communicator is used by one thread at a time.
 
@@ -167,6 +167,18 @@ class Communicator:
                 raise ValueError(f"rank is {rank}, size is {size}; expected both beside a unique id")
             transport = _native.nccl_transport(comm, rank, size, device, timeout)
         return cls(_native.communicator(transport, node_size, None))
+
+    @classmethod
+    def from_mpi(cls, comm: Any, node_size: int = 0, *, timeout: float = 300) -> Communicator:
+        """The ranks of an mpi4py communicator, by nonblocking collectives of bytes on a duplicate of it.
+
+        node_size: as in from_torch. timeout: seconds that a wait takes at most; MPI does not say which rank is late,
+        and what has timed out leaves the memory of its bytes to MPI. The duplicate lives until MPI ends. MPI calls are
+        made by the thread that uses the Communicator. A collective call. ImportError without mpi4py.
+        """
+        from narrowgauge._mpi_transport import MpiTransport
+
+        return cls(_native.communicator(MpiTransport(comm, timeout), node_size, None))
 
     @classmethod
     def in_process(cls, size: int, *, timeout: float = 300) -> list[Communicator]:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import importlib.util
+import inspect
 import os
+import signal
 import sys
+import time
 
 import narrowgauge as ng
 import torch
@@ -76,12 +80,13 @@ def ddp(rank: int, size: int) -> None:
         optimizer = torch.optim.SGD(replica.parameters(), lr=0.05)
         x = tensor(rank, 64, 20)
         y = x.sum(1, keepdim=True)
-        for _ in range(30):
+        for step in range(100):
             optimizer.zero_grad()
             loss = torch.nn.functional.mse_loss(replica(x), y)
             loss.backward()
             optimizer.step()
-        losses[name] = loss.item()
+            if step == 30:  # while it still falls
+                losses[name] = loss.item()
         for parameter in model.parameters():
             copies = [torch.empty_like(parameter) for _ in range(size)]
             dist.all_gather(copies, parameter.detach())
@@ -89,7 +94,7 @@ def ddp(rank: int, size: int) -> None:
     exact, *narrow = losses.values()
     assert all(abs(each - exact) < 0.05 * exact for each in narrow), losses
     saved = state.state_dict()
-    assert saved["calls"] == 30 and any(error.any() for error in saved["errors"].values())
+    assert saved["calls"] == 100 and any(error.any() for error in saved["errors"].values())
     state.load_state_dict({"calls": 3, "errors": {}})
     assert state.calls == 3 and not state.errors
 
@@ -118,18 +123,23 @@ def fsdp(rank: int, size: int) -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
         generator = torch.Generator().manual_seed(rank)
         for step in range(40):
+            # Gradients of two steps are added up: as reduced shards at first, later whole, before they travel.
+            model.set_requires_gradient_sync(step < 20 or step % 2 == 1)
             x = torch.randn(64, 20, generator=generator)
             loss = torch.nn.functional.cross_entropy(model(x).float(), (x @ target).argmax(1))
             loss.backward()
-            if step % 2:  # gradients of two steps are added up
-                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0).full_tensor()
+            if step % 2:
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5).full_tensor()
                 norms.setdefault(name, norm.item())
+                clipped = torch.nn.utils.get_total_norm([each.grad for each in model.parameters()]).full_tensor()
+                torch.testing.assert_close(clipped, norm.clamp(max=0.5), rtol=1e-3, atol=0)
                 optimizer.step()
                 optimizer.zero_grad()
         dist.all_reduce(loss)
         losses[name] = loss.item() / size
     for name in ("narrow", "nodes"):
-        assert abs(norms[name] - norms["torch"]) < 0.03 * norms["torch"], norms
+        # Rounding errors are nearly orthogonal to gradients: the norm grows by half of their square, int4's 0.006.
+        assert abs(norms[name] - norms["torch"]) < 0.02 * norms["torch"], norms
         assert abs(losses[name] - losses["torch"]) < 0.1 * losses["torch"], losses
     try:
         ng.fsdp.apply(torch.nn.Linear(2, 2), weights="int8:g64:bf16")
@@ -175,17 +185,73 @@ def secondary(rank: int, size: int) -> None:
         raise AssertionError("secondary shards without nodes were taken")
 
 
+def deepspeed(rank: int, size: int) -> None:
+    """The result is that of DeepSpeed's own exact function, where it is installed."""
+    groups = {f"local_{node}": dist.new_group([2 * node, 2 * node + 1]) for node in range(size // 2)}
+    shapes = [(16, 64), (1001,), (3,), (0,), (5, 7, 9)]
+    for dtype, tolerance in ((torch.float32, 0.01), (torch.bfloat16, 0.015), (torch.float16, 0.01)):
+        everyone = [[tensor(10 * peer + i, *shape).to(dtype) for i, shape in enumerate(shapes)] for peer in range(size)]
+        copies = [each.clone() for each in everyone[rank]]
+        narrow = {"wire": "int8:g64:bf16", "inside": "int8:g64:bf16"}
+        parts = ng.deepspeed.all_to_all_quant_reduce(everyone[rank], groups, **narrow)
+        assert all(torch.equal(each, copy) for each, copy in zip(everyone[rank], copies, strict=True))
+        for part, every in zip(parts, zip(*everyone, strict=True), strict=True):
+            mean = (sum(each.float() for each in every) / size).flatten()
+            width = -(-len(mean) // size)
+            mine = mean[rank * width : (rank + 1) * width]
+            assert part.dtype == dtype and part.shape == mine.shape
+            torch.testing.assert_close(part.float(), mine, rtol=0, atol=3 * tolerance)
+    try:
+        ng.deepspeed.all_to_all_quant_reduce([torch.ones(4)], {"global_0": groups["local_0"]})
+    except ValueError as error:
+        assert "local_<node>" in str(error)
+    else:
+        raise AssertionError("groups without nodes were taken")
+    if importlib.util.find_spec("deepspeed"):
+        from deepspeed import comm
+        from deepspeed.runtime.comm import coalesced_collectives
+        from deepspeed.runtime.zero import stage3
+
+        comm.init_distributed("gloo")
+        theirs, ours = coalesced_collectives.all_to_all_quant_reduce, ng.deepspeed.all_to_all_quant_reduce
+        assert list(inspect.signature(theirs).parameters) == list(inspect.signature(ours).parameters)[:2]
+        gradients = [tensor(rank, *shape) for shape in shapes if shape != (0,)]
+        ng.deepspeed.install(wire=None, inside=None)
+        assert stage3.all_to_all_quant_reduce is coalesced_collectives.all_to_all_quant_reduce is not theirs
+        parts = stage3.all_to_all_quant_reduce(gradients, groups)
+        exact = coalesced_collectives.reduce_scatter_coalesced([each.clone() for each in gradients])
+        torch.testing.assert_close(parts, exact, rtol=1e-6, atol=1e-6)
+
+
 def dies(rank: int, size: int) -> None:
+    """Killed with a collective under way: the others get an error and can leave the group in order."""
     comm = ng.Communicator.from_torch()
     comm.all_reduce(torch.ones(100), "int8:g64:bf16")
+    pending = comm.all_reduce(torch.ones(1 << 20), "int8:g64:bf16", async_op=True)
     if rank == 1:
-        os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
     try:
-        comm.all_reduce(torch.ones(100), "int8:g64:bf16")
+        pending.wait()
     except (ng.TransportError, TimeoutError) as error:
-        assert "all_reduce" in str(error) and "rank 0" in str(error), error
-        os._exit(0)  # the group cannot be left in order
-    raise AssertionError("a dead rank was not seen")
+        assert "all_reduce" in str(error) and f"rank {rank}" in str(error), error
+    else:
+        raise AssertionError("a dead rank was not seen")
+
+
+def stuck(rank: int, size: int) -> None:
+    """A rank that stays away is an error when the group's timeout has passed."""
+    comm = ng.Communicator.from_torch(dist.new_group(timeout=datetime.timedelta(seconds=2)))
+    comm.all_reduce(torch.ones(100), "int8:g64:bf16")
+    if rank != 1:
+        start = time.monotonic()
+        try:
+            comm.all_reduce(torch.ones(100), "int8:g64:bf16")
+        except (ng.TransportError, TimeoutError) as error:
+            assert "all_reduce" in str(error) and f"rank {rank}" in str(error), error
+        else:
+            raise AssertionError("a rank that stayed away was not seen")
+        assert time.monotonic() - start > 1
+    dist.barrier()
 
 
 if __name__ == "__main__":

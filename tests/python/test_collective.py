@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -33,8 +37,8 @@ def run_threads(size: int, body: Callable[[ng.Communicator], Any], **options: An
     return results
 
 
-def run_processes(job: str, size: int, folder: Path) -> None:
-    """Runs a job of collective_ranks.py as every rank of a gloo process group."""
+def run_processes(job: str, size: int, folder: Path, codes: list[int] | None = None) -> None:
+    """Runs a job of collective_ranks.py as every rank of a gloo process group. codes: what they end with, if not 0."""
     command = [sys.executable, str(Path(__file__).with_name("collective_ranks.py")), job]
     processes = [
         subprocess.Popen(
@@ -47,7 +51,7 @@ def run_processes(job: str, size: int, folder: Path) -> None:
     ]
     outputs = [process.communicate(timeout=240)[0] for process in processes]
     for rank, (process, output) in enumerate(zip(processes, outputs, strict=True)):
-        assert process.returncode == 0, f"rank {rank}: {output}"
+        assert process.returncode == (codes or [0] * size)[rank], f"rank {rank}: {output}"
 
 
 def values(rank: int, *shape: int) -> np.ndarray:
@@ -210,9 +214,25 @@ def test_fsdp(tmp_path: Path) -> None:
     run_processes("secondary", 4, tmp_path)
 
 
+def test_deepspeed_function(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    run_processes("deepspeed", 4, tmp_path)
+
+
 def test_a_rank_that_dies_is_an_error_in_time(tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    run_processes("dies", 2, tmp_path)
+    run_processes("dies", 3, tmp_path, codes=[0, -signal.SIGKILL, 0])
+    run_processes("stuck", 2, tmp_path)
+
+
+@pytest.mark.skipif(not shutil.which("mpirun") or not importlib.util.find_spec("mpi4py"), reason="no MPI or mpi4py")
+def test_over_mpi() -> None:
+    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    script = Path(__file__).with_name("mpi_ranks.py")
+    command = ["mpirun", "--oversubscribe", "-n", "4", sys.executable, str(script)]
+    done = subprocess.run(command, env=os.environ | as_root, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Communicator(rank 0 of 4, nodes of 2, MPI)" in done.stdout
 
 
 def test_no_process_group() -> None:

@@ -54,10 +54,12 @@ def test_cmake_package(tmp_path: Path) -> None:
 @pytest.mark.skipif(not shutil.which("cmake") or not shutil.which("mpirun"), reason="cmake or MPI is not installed")
 def test_mpi(tmp_path: Path) -> None:
     run("cmake", "-S", SOURCES, "-B", tmp_path, f"-Dnarrowgauge_DIR={package_path('--cmake-dir')}")
-    run("cmake", "--build", tmp_path, "--target", "mpi")
+    run("cmake", "--build", tmp_path, "--target", "mpi", "collectives_mpi")
     as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     output = run("mpirun", "--oversubscribe", "-n", "4", tmp_path / "mpi", **as_root)
     assert output.splitlines() == ["4 ranks over MPI, nodes of 0", "4 ranks over MPI, nodes of 2"]
+    output = run("mpirun", "--oversubscribe", "-n", "4", tmp_path / "collectives_mpi", **as_root)
+    assert re.fullmatch(r"4 ranks: mean 2\.(49|50)\d", output.strip())
 
 
 @pytest.mark.skipif(shutil.which("pkg-config") is None, reason="pkg-config is not installed")

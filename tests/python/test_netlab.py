@@ -74,5 +74,5 @@ def test_a_signal_leaves_nothing() -> None:
 
 
 def test_no_hosts_are_refused() -> None:
-    with pytest.raises(ValueError, match="0 hosts"):
+    with pytest.raises(ValueError, match="0 hosts of 1 ranks"):
         netlab.Lab(0, None)
