@@ -49,7 +49,7 @@ CONTENDERS = {
     "int8": Contender(INT8, INT8),
     # qwZ with the largest group there is (of ZeRO++'s own some thousand), qgZ with rows of 256, fp32 scales.
     "zero++": Contender("int8:g1024:fp32", ("int4:g256:fp32", "int4:g256:fp32"), keeps=True),
-    "ours": Contender(INT8, (INT8, ng.Wire(ng.Format(INT4), hadamard=True)), keeps=True),
+    "ours": Contender(INT8, (INT8, ng.Wire(INT4, hadamard=True)), keeps=True),
 }
 
 

@@ -12,7 +12,7 @@ def train(rank: int, size: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     torch.manual_seed(rank)  # DDP starts all ranks with the parameters of rank 0
     model = DistributedDataParallel(torch.nn.Linear(64, 1))
-    model.register_comm_hook(*ng.ddp.hook("int4:g64:bf16", error_feedback=True))
+    model.register_comm_hook(*ng.ddp.hook("int4:g64:bf16", error_feedback=True, exact_below=0))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(50):
         x = torch.randn(32, 64)

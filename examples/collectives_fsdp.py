@@ -15,7 +15,9 @@ def train(rank: int, size: int, folder: str) -> None:
     for layer in (model[0], model[2], model):
         fully_shard(layer)
     # Weights are gathered in 8.25 bits an element, gradients reduced in 4.25; parameters and optimizer stay fp32.
-    ng.fsdp.apply(model, weights="int8:g64:bf16", gradients=ng.Wire(ng.Format("int4:g64:bf16"), hadamard=True))
+    # (Layers below 1 MiB would travel as they are.)
+    narrow = ng.Wire("int4:g64:bf16", hadamard=True)
+    ng.fsdp.apply(model, weights="int8:g64:bf16", gradients=narrow, exact_below=0)
     torch.manual_seed(rank + 1)  # every rank has data of its own
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []

@@ -14,7 +14,8 @@ int main(int argc, char** argv) {
     std::vector<float> gradients(static_cast<size_t>(1000 * size), static_cast<float>(communicator.rank() + 1));
     std::vector<float> mine(1000);
 
-    const ng::CollectiveOptions options{.wire = {.format = ng::Format::parse("int8:g64:bf16")}};
+    // Tensors below 1 MiB would travel as they are.
+    const ng::CollectiveOptions options{.wire = {.format = ng::Format::parse("int8:g64:bf16")}, .exact_below = 0};
     communicator
         .reduce_scatter({gradients.data(), ng::DType::f32, {1000 * size}}, {mine.data(), ng::DType::f32, {1000}},
                         ng::Reduction::mean, options)

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import narrowgauge as ng
 import torch
 
-gradients = torch.randn(4, 1000)
+gradients = torch.randn(4, 1 << 18)  # 1 MiB a rank: smaller tensors travel as they are
 weights = torch.randn(4, 16, 256)
 
 

@@ -415,21 +415,22 @@ std::shared_ptr<Transport> NcclTransport::on(const Stream& stream) {
   return std::make_shared<NcclTransport>(clique_, stream);
 }
 
-std::unique_ptr<Transfer> NcclTransport::all_gather(std::span<const std::byte> sent, std::byte* received,
+std::unique_ptr<Transfer> NcclTransport::all_gather(const SharedBytes& sent, const SharedBytes& received,
                                                     std::string_view operation) {
   auto flight = clique_->start(operation, stream_, [&](const Nccl& table, Comm comm, cuda::StreamHandle stream) {
-    if (sent.empty()) return Result::success;
-    return table.ncclAllGather(sent.data(), received, sent.size(), nccl::DataType::uint8, comm, stream);
+    if (sent.size() == 0) return Result::success;
+    return table.ncclAllGather(sent.data(), received.data(), sent.size(), nccl::DataType::uint8, comm, stream);
   });
   return std::make_unique<NcclTransfer>(clique_, std::move(flight), stream_);
 }
 
-std::unique_ptr<Transfer> NcclTransport::all_to_all(const std::byte* sent, std::span<const int64_t> sent_bytes,
-                                                    std::byte* received, std::span<const int64_t> received_bytes,
+std::unique_ptr<Transfer> NcclTransport::all_to_all(const SharedBytes& sent, std::span<const int64_t> sent_bytes,
+                                                    const SharedBytes& received,
+                                                    std::span<const int64_t> received_bytes,
                                                     std::string_view operation) {
   auto flight = clique_->start(operation, stream_, [&](const Nccl& table, Comm comm, cuda::StreamHandle stream) {
-    const std::byte* from = sent;
-    std::byte* to = received;
+    const std::byte* from = sent.data();
+    std::byte* to = received.data();
     for (int peer = 0; peer < clique_->size(); ++peer) {
       const auto out = static_cast<size_t>(sent_bytes[static_cast<size_t>(peer)]);
       const auto in = static_cast<size_t>(received_bytes[static_cast<size_t>(peer)]);

@@ -62,7 +62,7 @@ class DevicePlace final : public Place {
       quantize(unit_row(from, dtype, n), codes, options, stream_);
       return;
     }
-    Block wide = floats(n);
+    SharedBytes wide = floats(n);
     launch("prepare", n,
            cuda::PrepareArgs{.from = from,
                              .type = codec::source_of(dtype, "input"),
@@ -105,7 +105,7 @@ class DevicePlace final : public Place {
     finish.to = to;
     finish.to_type = codec::source_of(to_dtype, "out");
     finish.n = n;
-    Block sum;
+    SharedBytes sum;
     if (wire.format) {
       std::vector<CanonicalView> peers;
       for (const std::byte* unit : from) peers.push_back(unit_part(*wire.format, unit, n, 0, n));
@@ -125,7 +125,7 @@ class DevicePlace final : public Place {
   }
 
  private:
-  Block floats(int64_t n) const { return {pool_, static_cast<size_t>(n) * sizeof(float)}; }
+  SharedBytes floats(int64_t n) const { return {pool_, static_cast<size_t>(n) * sizeof(float)}; }
 
   // A warp for each block of elements.
   template <typename Arguments>

@@ -1,18 +1,21 @@
 // Binds narrowgauge/collective.hpp and transport.hpp: transports may be Python objects.
 #include "narrowgauge/collective.hpp"
 
+#include <nanobind/ndarray.h>
 #include <nanobind/operators.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
+#include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
-#include <cstring>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <string_view>
+#include <variant>
 
 #include "bindings.hpp"
 #include "narrowgauge/error.hpp"
@@ -32,12 +35,11 @@ using namespace nb::literals;
   throw TransportError(message);
 }
 
-// Writable, or else torch warns.
-nb::object memory(const std::byte* data, size_t bytes) {
-  constexpr int kWrite = 0x200;  // PyBUF_WRITE, which the headers of the stable ABI have from 3.11 on
-  auto* const start = reinterpret_cast<char*>(const_cast<std::byte*>(data));
-  static char nothing = 0;
-  return nb::steal(PyMemoryView_FromMemory(bytes == 0 ? &nothing : start, static_cast<Py_ssize_t>(bytes), kWrite));
+// A writable memoryview, which has a share of the memory.
+nb::object view_of(const SharedBytes& bytes) {
+  using Owner = std::shared_ptr<std::byte>;
+  const nb::capsule owner(new Owner(bytes.owner()), [](void* held) noexcept { delete static_cast<Owner*>(held); });
+  return nb::cast(nb::ndarray<nb::memview, uint8_t, nb::ndim<1>>(bytes.data(), {bytes.size()}, owner));
 }
 
 // An object with wait().
@@ -67,7 +69,8 @@ class PyTransfer : public Transfer {
 
 // An object with rank, size, name, and
 //   all_gather(sent, received, operation), all_to_all(sent, sent_bytes, received, received_bytes, operation)
-// which take writable memoryviews and lists and return an object with wait(), and split(color).
+// which take writable memoryviews and lists and return an object with wait(), and split(color). A memoryview keeps its
+// memory: whoever still reads or writes there when the object is dropped must have it.
 class PyTransport : public Transport {
  public:
   explicit PyTransport(nb::object object)
@@ -84,29 +87,23 @@ class PyTransport : public Transport {
   int size() const override { return size_; }
   std::string name() const override { return name_; }
 
-  std::unique_ptr<Transfer> all_gather(std::span<const std::byte> sent, std::byte* received,
+  std::unique_ptr<Transfer> all_gather(const SharedBytes& sent, const SharedBytes& received,
                                        std::string_view operation) override {
-    return start(operation, [&] {
-      return object_.attr("all_gather")(memory(sent.data(), sent.size()),
-                                        memory(received, sent.size() * static_cast<size_t>(size_)), text(operation));
-    });
+    return start(operation,
+                 [&] { return object_.attr("all_gather")(view_of(sent), view_of(received), text(operation)); });
   }
 
-  std::unique_ptr<Transfer> all_to_all(const std::byte* sent, std::span<const int64_t> sent_bytes, std::byte* received,
-                                       std::span<const int64_t> received_bytes, std::string_view operation) override {
+  std::unique_ptr<Transfer> all_to_all(const SharedBytes& sent, std::span<const int64_t> sent_bytes,
+                                       const SharedBytes& received, std::span<const int64_t> received_bytes,
+                                       std::string_view operation) override {
     const auto list = [](std::span<const int64_t> bytes) {
       nb::list all;
       for (const int64_t each : bytes) all.append(each);
       return all;
     };
-    const auto total = [](std::span<const int64_t> bytes) {
-      size_t sum = 0;
-      for (const int64_t each : bytes) sum += static_cast<size_t>(each);
-      return sum;
-    };
     return start(operation, [&] {
-      return object_.attr("all_to_all")(memory(sent, total(sent_bytes)), list(sent_bytes),
-                                        memory(received, total(received_bytes)), list(received_bytes), text(operation));
+      return object_.attr("all_to_all")(view_of(sent), list(sent_bytes), view_of(received), list(received_bytes),
+                                        text(operation));
     });
   }
 
@@ -140,7 +137,7 @@ class PyTransport : public Transport {
 
 constexpr const char* kWireDoc = R"(How elements travel in a collective.
 
-format: a Format with groups and no global scale, such as ``int8:g64:bf16``, or None: as they are, exactly.
+format: a Format with groups and no global scale, or its name, such as ``int8:g64:bf16``, or None: as they are, exactly.
 hadamard: blocks of 64 elements are multiplied by a Hadamard matrix first, which spreads outliers.
 stochastic: unbiased rounding.
 
@@ -200,8 +197,15 @@ Pending reduce(Communicator& self, nb::handle input, nb::handle out, std::string
 void bind_collective(nb::module_& module) {
   nb::class_<Wire> wire(module, "Wire", nb::is_final(), kWireDoc);
   wire.attr("__module__") = "narrowgauge";
-  const auto make = [](Wire* self, std::optional<Format> format, bool hadamard, bool stochastic) {
-    new (self) Wire{format, hadamard, stochastic};
+  const auto make = [](Wire* self, std::optional<std::variant<Format, std::string>> format, bool hadamard,
+                       bool stochastic) {
+    if (!format) {
+      new (self) Wire{std::nullopt, hadamard, stochastic};
+    } else if (const auto* name = std::get_if<std::string>(&*format)) {
+      new (self) Wire{Format::parse(*name), hadamard, stochastic};
+    } else {
+      new (self) Wire{std::get<Format>(*format), hadamard, stochastic};
+    }
   };
   wire.def("__init__", make, "format"_a = nb::none(), "hadamard"_a = false, "stochastic"_a = false)
       .def_prop_ro("format", [](const Wire& self) { return self.format; })

@@ -1,13 +1,11 @@
 """Bytes carried by MPI through mpi4py.
 
-MPI cannot be told to stop, so bytes pass through memory of the transfer's own, which one that is given up leaves to
-MPI, as in transport_mpi.hpp.
+MPI cannot be told to stop: a transfer that is given up leaves its memory to MPI for ever, as in transport_mpi.hpp.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 from mpi4py import MPI
@@ -16,14 +14,10 @@ _given_up: list[_Transfer] = []
 
 
 class _Transfer:
-    """A nonblocking collective: `start` gives its request for the two buffers."""
+    """A nonblocking collective and what it reads and writes."""
 
-    def __init__(
-        self, sent: memoryview, received: memoryview, timeout: float, start: Callable[[bytearray, bytearray], Any]
-    ) -> None:
-        self._sent, self._received = bytearray(sent), bytearray(len(received))
-        self._to, self._timeout = received, timeout
-        self._request = start(self._sent, self._received)
+    def __init__(self, request: Any, timeout: float, *memory: memoryview) -> None:
+        self._request, self._timeout, self._memory = request, timeout, memory
 
     def wait(self) -> None:
         deadline = time.monotonic() + self._timeout
@@ -32,10 +26,9 @@ class _Transfer:
                 _given_up.append(self)
                 raise TimeoutError(f"not complete within {self._timeout:g} s")
             time.sleep(0)
-        self._to[:] = self._received
 
     def __del__(self) -> None:
-        if getattr(self, "_request", None) and self not in _given_up and not MPI.Is_finalized():
+        if self._request and self not in _given_up and not MPI.Is_finalized():
             _given_up.append(self)
 
 
@@ -57,18 +50,14 @@ class MpiTransport:
         self.rank, self.size = communicator.Get_rank(), communicator.Get_size()
 
     def all_gather(self, sent: memoryview, received: memoryview, operation: str) -> _Transfer:
-        def start(mine: bytearray, everyone: bytearray) -> Any:
-            return self._communicator.Iallgather([mine, len(mine), MPI.BYTE], [everyone, len(mine), MPI.BYTE])
-
-        return _Transfer(sent, received, self._timeout, start)
+        request = self._communicator.Iallgather([sent, len(sent), MPI.BYTE], [received, len(sent), MPI.BYTE])
+        return _Transfer(request, self._timeout, sent, received)
 
     def all_to_all(
         self, sent: memoryview, sent_bytes: list[int], received: memoryview, received_bytes: list[int], operation: str
     ) -> _Transfer:
-        def start(mine: bytearray, ours: bytearray) -> Any:
-            return self._communicator.Ialltoallv([mine, sent_bytes, MPI.BYTE], [ours, received_bytes, MPI.BYTE])
-
-        return _Transfer(sent, received, self._timeout, start)
+        request = self._communicator.Ialltoallv([sent, sent_bytes, MPI.BYTE], [received, received_bytes, MPI.BYTE])
+        return _Transfer(request, self._timeout, sent, received)
 
     def split(self, color: int) -> MpiTransport:
         part = self._communicator.Split(color, self.rank)

@@ -27,9 +27,7 @@ CHUNK_BYTES = 1 << 18
 
 def as_wire(wire: WireLike) -> Wire:
     """A Wire as it is; a Format, or its name, as a Wire of it; None: elements travel as they are."""
-    if isinstance(wire, Wire):
-        return wire
-    return Wire(None if wire is None else Format(wire))
+    return wire if isinstance(wire, Wire) else Wire(wire)
 
 
 def plan(
@@ -109,10 +107,10 @@ class Pending(Generic[Result]):
 class Communicator:
     """The ranks that take part in collectives, and their nodes.
 
-    Made by from_torch, from_mpi, from_nccl or in_process. Tensors are dense float32, float16 or bfloat16 torch tensors or
-    numpy arrays on the host, of any shape; with from_nccl Tensors or torch tensors on its GPU. `wire` says how elements
-    travel: a Wire, a Format or its name, None for as they are. With nodes, `wire` is between them and `inside` within
-    one. All ranks call the same collectives in the same order. A Communicator is used by one thread at a time.
+    Made by from_torch, from_mpi, from_nccl or in_process. Tensors are dense float32, float16 or bfloat16 torch tensors
+    or numpy arrays on the host, of any shape; with from_nccl Tensors or torch tensors on its GPU. `wire` says how
+    elements travel: a Wire, a Format or its name, None for as they are. With nodes, `wire` is between them and `inside`
+    within one. All ranks call the same collectives in the same order. A Communicator is used by one thread at a time.
 
     Every collective takes `async_op`: False waits and returns the result, True returns a Pending; and `chunks` and
     `chunk_bytes`: so many, of at least so many bytes of elements, are on the wire while others are coded. Tensors of

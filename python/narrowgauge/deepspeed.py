@@ -16,11 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from narrowgauge._native import Format, Wire
+from narrowgauge._native import EXACT_BELOW, Wire
 from narrowgauge.collective import Communicator, WireLike
 
-INSIDE = Wire(Format("int8:g64:bf16"))
-BETWEEN = Wire(Format("int4:g64:bf16"), hadamard=True)
+INSIDE = Wire("int8:g64:bf16")
+BETWEEN = Wire("int4:g64:bf16", hadamard=True)
 
 _PLACES = ("deepspeed.runtime.comm.coalesced_collectives", "deepspeed.runtime.zero.stage3")
 _NAME = "all_to_all_quant_reduce"
@@ -34,13 +34,15 @@ def all_to_all_quant_reduce(
     *,
     wire: WireLike = BETWEEN,
     inside: WireLike = INSIDE,
+    exact_below: int = EXACT_BELOW,
 ) -> list[torch.Tensor]:
     """Of each tensor, the mean over all ranks of this rank's part: flat, in the tensor's dtype.
 
     The first two arguments and the result are those of DeepSpeed's function: the part of a tensor is as many elements
     as ceil(numel / ranks), the last ones fewer, or none. groups: its process groups by name, of which "local_<node>"
-    that has this rank says how many ranks a node has; {}: no nodes. wire, inside: as in Communicator. Tensors of one
-    dtype travel together. A collective call on torch.distributed's default group; the tensors are not written.
+    that has this rank says how many ranks a node has; {}: no nodes. wire, inside, exact_below: as in Communicator.
+    Tensors of one dtype travel together. A collective call on torch.distributed's default group; the tensors are not
+    written.
     """
     communicator = _communicator(_node_size(groups))
     size, rank = communicator.size, communicator.rank
@@ -53,20 +55,20 @@ def all_to_all_quant_reduce(
             values = tensors[index].flatten()
             for row, start in zip(columns, range(0, values.numel(), columns.shape[1] or 1), strict=False):
                 row[: values.numel() - start] = values[start : start + len(row)]
-        reduced = communicator.reduce_scatter(laid_out, wire, op="mean", inside=inside).view(-1)
-        for index, part in zip(chosen, torch.split(reduced, widths), strict=True):
+        reduced = communicator.reduce_scatter(laid_out, wire, op="mean", inside=inside, exact_below=exact_below)
+        for index, part in zip(chosen, torch.split(reduced.view(-1), widths), strict=True):
             parts[index] = part[: max(0, tensors[index].numel() - rank * len(part))]
     return [part for part in parts if part is not None]
 
 
-def install(wire: WireLike = BETWEEN, inside: WireLike = INSIDE) -> None:
+def install(wire: WireLike = BETWEEN, inside: WireLike = INSIDE, exact_below: int = EXACT_BELOW) -> None:
     """Replaces DeepSpeed's function in the modules that call it. ImportError without deepspeed; AttributeError if its
     version has none of that name.
     """
     import importlib
 
     def replacement(tensors: list[torch.Tensor], groups: dict[str, Any]) -> list[torch.Tensor]:
-        return all_to_all_quant_reduce(tensors, groups, wire=wire, inside=inside)
+        return all_to_all_quant_reduce(tensors, groups, wire=wire, inside=inside, exact_below=exact_below)
 
     for place in _PLACES:
         module = sys.modules.get(place) or importlib.import_module(place)

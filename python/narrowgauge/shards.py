@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from narrowgauge._native import EXACT_BELOW
 from narrowgauge.collective import Communicator, WireLike
 
 _BLOCK = 64  # parts are so many elements: the groups of most Formats, and the blocks of Hadamard
@@ -62,7 +63,7 @@ class FlatShards:
     ) -> torch.Tensor:
         """This rank's part of the mean (or "sum") of all ranks' gradients, [part], in `dtype`.
 
-        options: inside, error (float32, [size * part]), seed, async_op, .. of Communicator.reduce_scatter.
+        options: inside, error (float32, [size * part]), seed, exact_below, async_op, .. of Communicator.reduce_scatter.
         """
         result: torch.Tensor = self.communicator.reduce_scatter(self.flatten(gradients, dtype), wire, op=op, **options)
         return result
@@ -101,13 +102,14 @@ def all_gather(
     gradients: WireLike = None,
     inside: WireLike = None,
     seed: int = 0,
+    exact_below: int = EXACT_BELOW,
 ) -> torch.Tensor:
     """Communicator.all_gather that gradients pass: the shard's is the sum over the ranks, by reduce_scatter.
 
-    wire: of the values; gradients, inside: wire and inside of the gradients; seed: of both.
+    wire: of the values; gradients, inside: wire and inside of the gradients; seed, exact_below: of both.
     """
     result: torch.Tensor = _AllGather.apply(  # type: ignore[no-untyped-call]
-        shard, communicator, wire, gradients, inside, seed
+        shard, communicator, wire, gradients, inside, {"seed": seed, "exact_below": exact_below}
     )
     return result
 
@@ -121,14 +123,15 @@ def reduce_scatter(
     gradients: WireLike = None,
     inside: WireLike = None,
     seed: int = 0,
+    exact_below: int = EXACT_BELOW,
 ) -> torch.Tensor:
     """Communicator.reduce_scatter that gradients pass: the input's is all ranks', by all_gather; of a "mean", divided
     by their number.
 
-    wire, inside: of the values; gradients: the wire of the gradients; seed: of both.
+    wire, inside: of the values; gradients: the wire of the gradients; seed, exact_below: of both.
     """
     result: torch.Tensor = _ReduceScatter.apply(  # type: ignore[no-untyped-call]
-        input, communicator, wire, op, gradients, inside, seed
+        input, communicator, wire, op, gradients, inside, {"seed": seed, "exact_below": exact_below}
     )
     return result
 
@@ -142,10 +145,10 @@ class _AllGather(torch.autograd.Function):
         wire: WireLike,
         gradients: WireLike,
         inside: WireLike,
-        seed: int,
+        both: dict[str, Any],
     ) -> torch.Tensor:
-        ctx.communicator, ctx.options = communicator, {"wire": gradients, "inside": inside, "seed": seed}
-        gathered: torch.Tensor = communicator.all_gather(shard.contiguous(), wire, seed=seed)
+        ctx.communicator, ctx.options = communicator, {"wire": gradients, "inside": inside, **both}
+        gathered: torch.Tensor = communicator.all_gather(shard.contiguous(), wire, **both)
         return gathered
 
     @staticmethod
@@ -164,11 +167,11 @@ class _ReduceScatter(torch.autograd.Function):
         op: str,
         gradients: WireLike,
         inside: WireLike,
-        seed: int,
+        both: dict[str, Any],
     ) -> torch.Tensor:
-        ctx.communicator, ctx.options = communicator, {"wire": gradients, "seed": seed}
+        ctx.communicator, ctx.options = communicator, {"wire": gradients, **both}
         ctx.divisor = communicator.size if op == "mean" else 1
-        part: torch.Tensor = communicator.reduce_scatter(input.contiguous(), wire, op=op, inside=inside, seed=seed)
+        part: torch.Tensor = communicator.reduce_scatter(input.contiguous(), wire, op=op, inside=inside, **both)
         return part
 
     @staticmethod

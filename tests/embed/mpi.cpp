@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
 #include <narrowgauge/collective.hpp>
 #include <string>
 #include <vector>
@@ -23,7 +24,7 @@ void run(int node_size) {
   ng::Communicator communicator(std::make_shared<ng::MpiTransport>(MPI_COMM_WORLD), node_size);
   const int rank = communicator.rank(), size = communicator.size();
   const ng::Wire narrow{.format = ng::Format::parse("int8:g64:bf16")};
-  const ng::CollectiveOptions options{.wire = narrow, .inside = narrow, .chunk_bytes = 4096};
+  const ng::CollectiveOptions options{.wire = narrow, .inside = narrow, .chunk_bytes = 4096, .exact_below = 0};
   constexpr int64_t kPart = 5000;
   std::vector<float> input(static_cast<size_t>(kPart * size)), part(kPart), sum(input.size()), all(input.size());
   for (size_t i = 0; i < input.size(); ++i) input[i] = value(rank, i);
@@ -49,12 +50,13 @@ void run(int node_size) {
 void late() {
   const bool waits = ng::MpiTransport(MPI_COMM_WORLD).rank() == 0;
   ng::MpiTransport transport(MPI_COMM_WORLD, std::chrono::milliseconds(waits ? 100 : 60000));
-  std::vector<std::byte> mine(1000), all(mine.size() * static_cast<size_t>(transport.size()));
+  const auto pool = std::make_shared<ng::HostPool>();
+  const ng::SharedBytes mine(pool, 1000), all(pool, mine.size() * static_cast<size_t>(transport.size()));
   int go = 0;
   if (!waits) MPI_Recv(&go, 1, MPI_INT, 0, 0, MPI_COMM_WORLD, MPI_STATUS_IGNORE);
   bool timed_out = false;
   try {
-    transport.all_gather(mine, all.data(), "step 7")->wait();
+    transport.all_gather(mine, all, "step 7")->wait();
   } catch (const ng::Timeout& error) {
     timed_out = std::string(error.what()) == "step 7 on rank 0: not complete within 100 ms";
   }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import shutil
@@ -17,6 +18,7 @@ from typing import Any
 import narrowgauge as ng
 import numpy as np
 import pytest
+from narrowgauge import _native
 
 
 def run_threads(size: int, body: Callable[[ng.Communicator], Any], **options: Any) -> list[Any]:
@@ -85,7 +87,7 @@ def test_collectives_within_a_process(library: str) -> None:
 
 
 def test_what_arrives_is_what_quantize_gives() -> None:
-    wire = ng.Wire(ng.Format("int4:g64:fp16"))
+    wire = ng.Wire("int4:g64:fp16")
     expected = ng.quantize(values(0, 1, 1000), ng.Format("int4:g64:fp16")).dequantize("float32")
     for result in run_threads(2, lambda comm: comm.all_gather(values(comm.rank, 1, 1000), wire, exact_below=0)):
         np.testing.assert_array_equal(result[:1], expected)
@@ -116,7 +118,7 @@ def test_plans_say_what_is_done() -> None:
         assert comm.plan("all_reduce", small, "int4").wire == ng.Wire()
         np.testing.assert_array_equal(comm.all_reduce(small, "int4:g64:bf16"), small + small)
         forced = comm.plan("all_reduce", small, "int4:g64:bf16", exact_below=0)
-        assert forced.wire == forced.inside == ng.Wire(ng.Format("int4:g64:bf16"))
+        assert forced.wire == forced.inside == ng.Wire("int4:g64:bf16")
         assert (comm.all_reduce(small, "int4:g64:bf16", exact_below=0) != small + small).any()
         assert comm.plan("all_gather", large[: 1 << 17], "int8:g64:bf16").wire.format is not None
         assert comm.plan("all_gather", large[: (1 << 17) - 1], "int8:g64:bf16").wire.format is None
@@ -124,7 +126,7 @@ def test_plans_say_what_is_done() -> None:
 
     assert run_threads(2, body) == [None, None]
     plan = ng.collective.plan("all_reduce", 1 << 22, "bfloat16", "int8:g64:bf16", size=8, node_size=4)
-    assert plan.wire == ng.Wire(ng.Format("int8:g64:bf16")) and plan.inside == ng.Wire()
+    assert plan.wire == ng.Wire("int8:g64:bf16") and plan.inside == ng.Wire()
     assert 0 < plan.sent_across < plan.sent_bytes and plan.chunks == 8
     with pytest.raises(ValueError, match="collective is 'broadcast'"):
         ng.collective.plan("broadcast", 1, "float32", None, size=1)
@@ -192,7 +194,7 @@ def test_ranks_that_disagree_or_stay_away() -> None:
 
 def test_wire() -> None:
     wire = ng.Wire(ng.int4, hadamard=True)
-    assert str(wire) == "int4:g64:fp16+hadamard" and wire == ng.Wire(ng.Format("int4"), True)
+    assert str(wire) == "int4:g64:fp16+hadamard" and wire == ng.Wire("int4", True)
     assert wire != ng.Wire(ng.int4) and hash(wire) == hash(ng.Wire(ng.int4, True))
     assert str(ng.Wire()) == "exact"
 
@@ -223,6 +225,47 @@ def test_a_rank_that_dies_is_an_error_in_time(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     run_processes("dies", 3, tmp_path, codes=[0, -signal.SIGKILL, 0])
     run_processes("stuck", 2, tmp_path)
+
+
+class NeverArrives:
+    """A transport of two ranks that agree, and then wait in vain: its carrier still has the memory."""
+
+    rank, size, name = 0, 2, "nothing"
+
+    def __init__(self) -> None:
+        self.flying: list[memoryview] = []
+
+    def all_gather(self, sent: memoryview, received: memoryview, operation: str) -> NeverArrives:
+        if len(sent) == 256:  # the description
+            received[:256] = received[256:] = sent
+        else:
+            self.flying += sent, received
+        return self
+
+    def all_to_all(
+        self, sent: memoryview, sent_bytes: list[int], received: memoryview, received_bytes: list[int], operation: str
+    ) -> NeverArrives:
+        self.flying += sent, received
+        return self
+
+    def wait(self) -> None:
+        if self.flying:
+            raise RuntimeError("lost")
+
+
+def test_bytes_on_their_way_keep_their_memory() -> None:
+    transport, pool = NeverArrives(), ng.HostPool()
+    comm = ng.Communicator(_native.communicator(transport, 0, pool._pool))
+    with pytest.raises(ng.TransportError, match="lost"):
+        comm.all_reduce(values(0, 5000), "int8:g64:bf16", exact_below=0)
+    del comm
+    gc.collect()
+    assert pool.statistics().in_use >= sum(len(view) for view in transport.flying) > 5000
+    for view in transport.flying:
+        view[:] = bytes(len(view))
+    del view
+    transport.flying.clear()
+    assert pool.statistics().in_use == 0
 
 
 @pytest.mark.skipif(not shutil.which("mpirun") or not importlib.util.find_spec("mpi4py"), reason="no MPI or mpi4py")

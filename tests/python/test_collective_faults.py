@@ -16,7 +16,7 @@ import pytest
 from narrowgauge import _native
 
 INT8, INT4 = "int8:g64:bf16", "int4:g64:bf16"
-ROTATED = ng.Wire(ng.Format(INT4), hadamard=True)
+ROTATED = ng.Wire(INT4, hadamard=True)
 
 
 def run(size: int, body: Callable[[ng.Communicator], Any], node_size: int = 0) -> list[Any]:
@@ -25,7 +25,7 @@ def run(size: int, body: Callable[[ng.Communicator], Any], node_size: int = 0) -
 
     def rank(transport: Any, index: int) -> None:
         try:
-            results[index] = body(ng.Communicator(_native.communicator(transport, node_size)))
+            results[index] = body(ng.Communicator(_native.communicator(transport, node_size, None)))
         except Exception as error:
             results[index] = error
 
@@ -63,7 +63,7 @@ def test_the_mean_is_that_of_all_ranks_for_every_shape(shape: tuple[int, ...]) -
     expected = np.mean(inputs, axis=0)
 
     def body(comm: ng.Communicator) -> Any:
-        return comm.reduce_scatter(inputs[comm.rank], INT8, op="mean", inside=INT8)
+        return comm.reduce_scatter(inputs[comm.rank], INT8, op="mean", inside=INT8, exact_below=0)
 
     got = np.concatenate(each_of(run(4, body, node_size=2)))
     assert relative_error(got, expected) < 0.02
@@ -76,7 +76,7 @@ def test_bf16_gradients_are_read_as_bf16() -> None:
 
     def body(comm: ng.Communicator) -> np.ndarray:
         mine = torch.from_numpy(inputs[comm.rank].view(np.int16)).view(torch.bfloat16)
-        result = comm.reduce_scatter(mine, INT8, op="mean")
+        result = comm.reduce_scatter(mine, INT8, op="mean", exact_below=0)
         assert result.dtype == torch.bfloat16
         return result.float().numpy()  # type: ignore[no-any-return]
 
@@ -94,7 +94,7 @@ def test_vectors_and_odd_sizes_are_quantised_too(size: int, numel: int) -> None:
 
     def body(comm: ng.Communicator) -> Any:
         every = mine if comm.rank == 1 else np.zeros_like(mine)
-        return comm.reduce_scatter(np.tile(every, comm.size), INT4)
+        return comm.reduce_scatter(np.tile(every, comm.size), INT4, exact_below=0)
 
     expected = ng.quantize(mine[None], INT4).dequantize("float32")[0]
     for part in each_of(run(size, body)):
@@ -105,13 +105,15 @@ def test_vectors_and_odd_sizes_are_quantised_too(size: int, numel: int) -> None:
 def test_weights_of_any_number_of_elements_are_gathered(numel: int) -> None:
     # qwZ: "Qantized weight requires the number of weights be a multiple of 8".
     shards = [normal(rank, numel) for rank in range(3)]
-    for gathered in each_of(run(3, lambda comm: comm.all_gather(shards[comm.rank], INT8))):
+    for gathered in each_of(run(3, lambda comm: comm.all_gather(shards[comm.rank], INT8, exact_below=0))):
         assert relative_error(gathered, np.concatenate(shards)) < 0.02
 
 
 def test_parameters_smaller_than_the_number_of_ranks() -> None:
     # A small parameter raised with 2048 ranks (#6659).
-    for everything in each_of(run(9, lambda comm: comm.all_reduce(np.full(1, comm.rank, np.float32), INT8))):
+    for everything in each_of(
+        run(9, lambda comm: comm.all_reduce(np.full(1, comm.rank, np.float32), INT8, exact_below=0))
+    ):
         np.testing.assert_allclose(everything, [36], rtol=0.02)
 
 
@@ -123,7 +125,7 @@ def test_nodes_are_what_the_caller_says(size: int, node_size: int) -> None:
 
     def body(comm: ng.Communicator) -> Any:
         assert comm.node_size == node_size
-        return comm.reduce_scatter(inputs[comm.rank], INT8, op="mean", inside=INT8)
+        return comm.reduce_scatter(inputs[comm.rank], INT8, op="mean", inside=INT8, exact_below=0)
 
     got = np.concatenate(each_of(run(size, body, node_size)))
     assert relative_error(got, np.mean(inputs, axis=0)) < 0.02
@@ -147,7 +149,7 @@ def test_error_feedback_is_of_a_tensor() -> None:
         totals = [np.zeros_like(each) for each in gradients]
         for _ in range(steps):
             for input, error, total in zip(inputs, errors, totals, strict=True):
-                total += comm.reduce_scatter(input, INT4, op="mean", error=error)
+                total += comm.reduce_scatter(input, INT4, op="mean", error=error, exact_below=0)
         return totals
 
     for totals in each_of(run(2, body)):
@@ -159,7 +161,7 @@ def test_error_feedback_is_of_a_tensor() -> None:
 def test_sums_of_many_fp16_ranks_do_not_overflow() -> None:
     # qgZ added up in __half2: 9 x 10000 is infinite there, and small terms are lost.
     def body(comm: ng.Communicator) -> Any:
-        return comm.all_reduce(np.full(64, 10000, np.float16), INT8, op="mean")
+        return comm.all_reduce(np.full(64, 10000, np.float16), INT8, op="mean", exact_below=0)
 
     for mean in each_of(run(9, body)):
         np.testing.assert_allclose(mean.astype(np.float32), 10000, rtol=0.01)
@@ -169,7 +171,7 @@ def test_the_largest_value_is_not_clamped() -> None:
     # +absmax became code 128 and was clamped to 127; -absmax was not: the largest gradients shrank, on one side.
     x = np.tile(np.array([4, -4, 1, -1], np.float32), 16)
     for wire in (INT8, INT4):
-        for gathered in each_of(run(2, lambda comm, wire=wire: comm.all_gather(x, wire))):  # type: ignore[misc]
+        for gathered in each_of(run(2, lambda comm, wire=wire: comm.all_gather(x, wire, exact_below=0))):  # type: ignore[misc]
             np.testing.assert_array_equal(gathered[0::4], -gathered[1::4])
             np.testing.assert_allclose(gathered[0::4], 4, rtol=2**-8)
 
@@ -182,8 +184,12 @@ def test_what_is_not_finite_arrives_as_nan(wire: Any, value: float) -> None:
         x = normal(comm.rank, 4, 256)
         if comm.rank == 1:
             x[1, 70] = value
-        options = {"wire": wire, "inside": INT8}
-        return [comm.reduce_scatter(x, **options), comm.all_reduce(x, **options), comm.all_gather(x, wire)]
+        options = {"wire": wire, "inside": INT8, "exact_below": 0}
+        return [
+            comm.reduce_scatter(x, **options),
+            comm.all_reduce(x, **options),
+            comm.all_gather(x, wire, exact_below=0),
+        ]
 
     for node_size in (0, 2):
         results = each_of(run(4, body, node_size))
@@ -200,7 +206,7 @@ def test_what_is_not_finite_arrives_as_nan(wire: Any, value: float) -> None:
 def test_zeros_and_subnormals_arrive_finite(value: float) -> None:
     # A group of zeros took scale 1; hpZ gave zero or NaN losses (#4851, #5059, #7606).
     x = np.full(128, value, np.float32)
-    for everything in each_of(run(3, lambda comm: comm.all_reduce(x, INT8))):
+    for everything in each_of(run(3, lambda comm: comm.all_reduce(x, INT8, exact_below=0))):
         np.testing.assert_allclose(everything, 3 * x, rtol=0, atol=2e-38)  # half a step of bf16's smallest scale
 
 
@@ -208,18 +214,24 @@ def test_views_that_are_not_aligned() -> None:
     # cudaErrorMisalignedAddress (#3827).
     for offset in range(1, 5):
         x = normal(offset, 1000)
-        for gathered in each_of(run(2, lambda comm, x=x, offset=offset: comm.all_gather(x[offset:], INT8))):  # type: ignore[misc]
+        for gathered in each_of(
+            run(2, lambda comm, x=x, offset=offset: comm.all_gather(x[offset:], INT8, exact_below=0))
+        ):  # type: ignore[misc]
             assert relative_error(gathered, np.tile(x[offset:], 2)) < 0.02
 
 
 @pytest.mark.parametrize(
     "calls",
     [
-        lambda comm: comm.all_reduce(normal(0, 64 + comm.rank), INT8),
-        lambda comm: comm.all_reduce(normal(0, 64), (INT8, INT4)[comm.rank]),
-        lambda comm: comm.all_reduce(normal(0, 64), INT8, op=("sum", "mean")[comm.rank]),
-        lambda comm: comm.all_reduce(normal(0, 64).astype((np.float32, np.float16)[comm.rank]), INT8),
-        lambda comm: comm.all_gather(normal(0, 64), INT8) if comm.rank else comm.all_reduce(normal(0, 64), INT8),
+        lambda comm: comm.all_reduce(normal(0, 64 + comm.rank), INT8, exact_below=0),
+        lambda comm: comm.all_reduce(normal(0, 64), (INT8, INT4)[comm.rank], exact_below=0),
+        lambda comm: comm.all_reduce(normal(0, 64), INT8, op=("sum", "mean")[comm.rank], exact_below=0),
+        lambda comm: comm.all_reduce(normal(0, 64).astype((np.float32, np.float16)[comm.rank]), INT8, exact_below=0),
+        lambda comm: (
+            comm.all_gather(normal(0, 64), INT8, exact_below=0)
+            if comm.rank
+            else comm.all_reduce(normal(0, 64), INT8, exact_below=0)
+        ),
     ],
     ids=["numel", "format", "op", "dtype", "collective"],
 )

@@ -88,7 +88,7 @@ def everything(comm: ng.Communicator, put: Callable[..., Any], get: Callable[...
     """The results of the collectives of arrays that `put` makes of numpy's."""
     mine = values(comm.rank, 6, 50)
     gathered = comm.all_gather(put(mine), INT8, exact_below=0)
-    wire = ng.Wire(ng.Format("int4:g64:fp16"), hadamard=True, stochastic=True)
+    wire = ng.Wire("int4:g64:fp16", hadamard=True, stochastic=True)
     error = put(np.zeros((6, 50), np.float32))
     part = comm.reduce_scatter(put(mine), wire, op="mean", error=error, seed=3, exact_below=0)
     pending = comm.all_reduce(put(mine), INT8, op="mean", async_op=True, exact_below=0)

@@ -62,8 +62,9 @@ class Rank:
         dtype, name = self.draw.choice(list(DTYPES)), self.draw.choice(list(WIRES))
         scale = 10 ** self.draw.uniform(-2, 2)
         rotated, stochastic = self.draw.random() < 0.3, self.draw.random() < 0.3
-        wire = ng.Wire(ng.Format(name) if name else None, hadamard=rotated, stochastic=stochastic)
+        wire = ng.Wire(name, hadamard=rotated, stochastic=stochastic)
         options: dict[str, Any] = {"seed": number, "chunk_bytes": self.draw.choice([1000, 1 << 18])}
+        exact_below = self.draw.choice([0, 1 << 16])
         mean, asynchronous = self.draw.random() < 0.5, self.draw.random() < 0.3
         if self.draw.random() < 0.02:
             self.mismatch(comm, numel)
@@ -76,7 +77,7 @@ class Rank:
             inputs[0][poisoned] = self.draw.choice([float("nan"), float("inf"), -float("inf")])
         mine, exact = inputs[self.rank], [each.double() for each in inputs]
         if collective == "all_gather":
-            result = comm.all_gather(mine, wire, async_op=asynchronous, **options)
+            result = comm.all_gather(mine, wire, async_op=asynchronous, exact_below=exact_below, **options)
             expected, magnitude = torch.cat(exact), torch.cat(exact)
         elif collective == "all_to_all":
             result = comm.all_to_all(
@@ -87,7 +88,7 @@ class Rank:
         else:
             method = getattr(comm, collective)
             op = "mean" if mean else "sum"
-            result = method(mine, wire, op=op, inside=wire, async_op=asynchronous, **options)
+            result = method(mine, wire, op=op, inside=wire, async_op=asynchronous, exact_below=exact_below, **options)
             expected = sum(exact) / (self.size if mean else 1)  # type: ignore[assignment]
             magnitude = sum(each.abs() for each in exact) / (self.size if mean else 1)  # type: ignore[assignment]
             if collective == "reduce_scatter":

@@ -109,28 +109,25 @@ class Pending {
 
 // This rank's part of a tensor that was gathered, kept as it travelled, so that a node's ranks can have all of it again
 // without the other nodes (hpZ; Wang et al. 2023, ZeRO++, section 3.2): numel / node_size elements in the wire's
-// Format. Move-only; used by one thread at a time.
+// Format. Move-only, moved from only to be destroyed or assigned to; used by one thread at a time.
 class SecondaryShard {
  public:
   // Memory comes from `pool`, of the kind that the transport carries; null: a HostPool of its own.
   explicit SecondaryShard(std::shared_ptr<Pool> pool = nullptr);
-  ~SecondaryShard();
-  SecondaryShard(SecondaryShard&& other) noexcept;
-  SecondaryShard& operator=(SecondaryShard&& other) noexcept;
+  SecondaryShard(SecondaryShard&&) noexcept = default;
+  SecondaryShard& operator=(SecondaryShard&&) noexcept = default;
 
   bool is_filled() const noexcept { return is_filled_; }
   // Bytes held, filled or not.
-  int64_t nbytes() const noexcept { return static_cast<int64_t>(size_); }
+  int64_t nbytes() const noexcept { return static_cast<int64_t>(bytes_.size()); }
   // The tensor has changed: the next all_gather fills it again, in the same memory. All ranks call it.
   void invalidate() noexcept { is_filled_ = false; }
 
  private:
   friend class Communicator;
-  void reserve(size_t bytes);
 
   std::shared_ptr<Pool> pool_;
-  std::byte* data_ = nullptr;
-  size_t size_ = 0;
+  SharedBytes bytes_;
   bool is_filled_ = false;
   std::string content_;
 };

@@ -8,13 +8,12 @@
 // do if that is the main one). Transfers are nonblocking collectives on a duplicate of the communicator, which is freed
 // with the transport: a collective call. MPI's errors that its handler returns are TransportErrors.
 //
-// MPI cannot be told to stop, so bytes pass through memory of the transfer's own, which one that is given up leaves to
-// MPI: a rank that never comes costs that memory and a Timeout, not the caller.
+// MPI cannot be told to stop: a transfer that is given up leaves its memory to MPI for ever. That and a Timeout is what
+// a rank that never comes costs.
 #pragma once
 
 #include <mpi.h>
 
-#include <algorithm>
 #include <chrono>
 #include <limits>
 #include <memory>
@@ -47,28 +46,26 @@ class MpiTransport : public Transport {
   int size() const override { return size_; }
   std::string name() const override { return "MPI"; }
 
-  std::unique_ptr<Transfer> all_gather(std::span<const std::byte> sent, std::byte* received,
+  std::unique_ptr<Transfer> all_gather(const SharedBytes& sent, const SharedBytes& received,
                                        std::string_view operation) override {
     const int count = as_count(static_cast<int64_t>(sent.size()));
-    auto transfer =
-        std::make_unique<Started>(operation, *this, sent, received, sent.size() * static_cast<size_t>(size_));
-    Flight& flight = *transfer->flight;
-    check(MPI_Iallgather(flight.sent.data(), count, MPI_BYTE, flight.received.data(), count, MPI_BYTE, communicator_,
-                         &flight.request),
+    auto transfer = std::make_unique<Started>(operation, *this, sent, received);
+    check(MPI_Iallgather(sent.data(), count, MPI_BYTE, received.data(), count, MPI_BYTE, communicator_,
+                         &transfer->flight->request),
           "MPI_Iallgather");
     return transfer;
   }
 
-  std::unique_ptr<Transfer> all_to_all(const std::byte* sent, std::span<const int64_t> sent_bytes, std::byte* received,
-                                       std::span<const int64_t> received_bytes, std::string_view operation) override {
+  std::unique_ptr<Transfer> all_to_all(const SharedBytes& sent, std::span<const int64_t> sent_bytes,
+                                       const SharedBytes& received, std::span<const int64_t> received_bytes,
+                                       std::string_view operation) override {
     Parts from(sent_bytes), to(received_bytes);
-    auto transfer = std::make_unique<Started>(operation, *this, std::span(sent, from.total), received, to.total);
+    auto transfer = std::make_unique<Started>(operation, *this, sent, received);
     Flight& flight = *transfer->flight;
     flight.from = std::move(from);
     flight.to = std::move(to);
-    check(MPI_Ialltoallv(flight.sent.data(), flight.from.counts.data(), flight.from.starts.data(), MPI_BYTE,
-                         flight.received.data(), flight.to.counts.data(), flight.to.starts.data(), MPI_BYTE,
-                         communicator_, &flight.request),
+    check(MPI_Ialltoallv(sent.data(), flight.from.counts.data(), flight.from.starts.data(), MPI_BYTE, received.data(),
+                         flight.to.counts.data(), flight.to.starts.data(), MPI_BYTE, communicator_, &flight.request),
           "MPI_Ialltoallv");
     return transfer;
   }
@@ -102,29 +99,28 @@ class MpiTransport : public Transport {
   struct Parts {
     Parts() = default;
     explicit Parts(std::span<const int64_t> bytes) {
+      int64_t start = 0;
       for (const int64_t each : bytes) {
         counts.push_back(as_count(each));
-        starts.push_back(as_count(static_cast<int64_t>(total)));
-        total += static_cast<size_t>(each);
+        starts.push_back(as_count(start));
+        start += each;
       }
     }
     std::vector<int> counts, starts;
-    size_t total = 0;
   };
 
   // What MPI reads and writes until it is complete.
   struct Flight {
     MPI_Request request = MPI_REQUEST_NULL;
     Parts from, to;
-    std::vector<std::byte> sent, received;
+    SharedBytes sent, received;
   };
 
   struct Started : Transfer {
-    Started(std::string_view what, const MpiTransport& transport, std::span<const std::byte> sent, std::byte* into,
-            size_t bytes)
-        : flight(new Flight), to(into), operation(what), rank(transport.rank_), timeout(transport.timeout_) {
-      flight->sent.assign(sent.begin(), sent.end());
-      flight->received.resize(bytes);
+    Started(std::string_view what, const MpiTransport& transport, const SharedBytes& sent, const SharedBytes& received)
+        : flight(new Flight), operation(what), rank(transport.rank_), timeout(transport.timeout_) {
+      flight->sent = sent;
+      flight->received = received;
     }
     ~Started() override {
       if (flight->request != MPI_REQUEST_NULL) static_cast<void>(flight.release());
@@ -139,11 +135,9 @@ class MpiTransport : public Transport {
         }
         if (done == 0) std::this_thread::yield();
       }
-      std::copy(flight->received.begin(), flight->received.end(), to);
     }
 
     std::unique_ptr<Flight> flight;
-    std::byte* to;
     std::string operation;
     int rank;
     std::chrono::milliseconds timeout;

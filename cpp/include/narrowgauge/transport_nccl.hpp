@@ -58,10 +58,11 @@ class NcclTransport final : public Transport {
   std::shared_ptr<Transport> on(const Stream& stream) override;
   void synchronize() override;
 
-  std::unique_ptr<Transfer> all_gather(std::span<const std::byte> sent, std::byte* received,
+  std::unique_ptr<Transfer> all_gather(const SharedBytes& sent, const SharedBytes& received,
                                        std::string_view operation) override;
-  std::unique_ptr<Transfer> all_to_all(const std::byte* sent, std::span<const int64_t> sent_bytes, std::byte* received,
-                                       std::span<const int64_t> received_bytes, std::string_view operation) override;
+  std::unique_ptr<Transfer> all_to_all(const SharedBytes& sent, std::span<const int64_t> sent_bytes,
+                                       const SharedBytes& received, std::span<const int64_t> received_bytes,
+                                       std::string_view operation) override;
   // A communicator of our own, also of one that was adopted.
   std::shared_ptr<Transport> split(int color) override;
 

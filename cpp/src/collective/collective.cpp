@@ -16,7 +16,6 @@
 namespace ng {
 namespace {
 
-using collective::Block;
 using collective::check_options;
 using collective::cut;
 using collective::equal_parts;
@@ -138,10 +137,10 @@ class Communicator::Job final : public Pending::Work {
   float* error(const Range& range) const { return s_.error == nullptr ? nullptr : s_.error + range.first; }
 
   std::unique_ptr<Transfer> exchange(Transport& transport, Message& now) const {
-    return transport.all_to_all(now.sent.data(), now.sent_bytes, now.received.data(), now.received_bytes, s_.operation);
+    return transport.all_to_all(now.sent, now.sent_bytes, now.received, now.received_bytes, s_.operation);
   }
   std::unique_ptr<Transfer> gather(Transport& transport, Message& now) const {
-    return transport.all_gather({now.sent.data(), now.sent.size()}, now.received.data(), s_.operation);
+    return transport.all_gather(now.sent, now.received, s_.operation);
   }
 
   std::unique_ptr<Transfer> scatter(int chunk, Message& now) {
@@ -268,22 +267,24 @@ class Communicator::Job final : public Pending::Work {
 
   // What this rank has of a chunk of all nodes, within this one.
   std::unique_ptr<Transfer> forward(int chunk, Message* before, Message& now) const {
-    const int64_t bytes = gathered_bytes(chunk) * s_.ranks.nodes();
-    std::byte* const kept = s_.secondary == nullptr ? nullptr : s_.secondary->data_ + kept_before(chunk);
+    const size_t bytes = static_cast<size_t>(gathered_bytes(chunk)) * static_cast<size_t>(s_.ranks.nodes());
+    SharedBytes kept;
+    if (s_.secondary != nullptr) kept = s_.secondary->bytes_.part(kept_before(chunk), bytes);
     if (before != nullptr) {
       now.sent = std::move(before->received);
-      if (kept != nullptr) s_.place->copy(kept, now.sent.data(), now.sent.size());
+      if (s_.secondary != nullptr) s_.place->copy(kept.data(), now.sent.data(), bytes);
+    } else {
+      now.sent = std::move(kept);
     }
-    now.received = Block(s_.place->pool(), static_cast<size_t>(bytes) * static_cast<size_t>(s_.ranks.node->size()));
-    const std::byte* const sent = before == nullptr ? kept : now.sent.data();
-    return s_.ranks.node->all_gather({sent, static_cast<size_t>(bytes)}, now.received.data(), s_.operation);
+    now.received = SharedBytes(s_.place->pool(), bytes * static_cast<size_t>(s_.ranks.node->size()));
+    return gather(*s_.ranks.node, now);
   }
 
   // Bytes of a secondary shard that earlier chunks take.
-  int64_t kept_before(int chunk) const {
+  size_t kept_before(int chunk) const {
     int64_t bytes = 0;
     for (int earlier = 0; earlier < chunk; ++earlier) bytes += gathered_bytes(earlier) * s_.ranks.nodes();
-    return bytes;
+    return static_cast<size_t>(bytes);
   }
 
   void finish_gather(int chunk, const Message& before) const {
@@ -305,12 +306,12 @@ class Communicator::Job final : public Pending::Work {
   // Room for n floats, until the next call.
   std::byte* scratch(int64_t n) {
     const auto bytes = static_cast<size_t>(n) * sizeof(float);
-    if (scratch_.size() < bytes) scratch_ = Block(s_.place->pool(), bytes);
+    if (scratch_.size() < bytes) scratch_ = SharedBytes(s_.place->pool(), bytes);
     return scratch_.data();
   }
 
   const Setup s_;
-  Block scratch_;
+  SharedBytes scratch_;
 };
 
 namespace {
@@ -348,8 +349,7 @@ class Exchange final : public Pending::Work {
                          {key(s_.options.seed, s_.transport->rank(), Level::first), range.first}, nullptr, to);
         to += wire_bytes(wire, s_.input.dtype, range.n);
       }
-      return s_.transport->all_to_all(sent.sent.data(), sent.sent_bytes, sent.received.data(), sent.received_bytes,
-                                      s_.operation);
+      return s_.transport->all_to_all(sent.sent, sent.sent_bytes, sent.received, sent.received_bytes, s_.operation);
     }
     const std::byte* from = sent.received.data();
     for (const Range& part : s_.received) {
@@ -413,35 +413,6 @@ SecondaryShard::SecondaryShard(std::shared_ptr<Pool> pool) : pool_(std::move(poo
   if (pool_ == nullptr) pool_ = std::make_shared<HostPool>();
 }
 
-SecondaryShard::~SecondaryShard() {
-  if (data_ != nullptr) pool_->deallocate(data_, size_);
-}
-
-SecondaryShard::SecondaryShard(SecondaryShard&& other) noexcept
-    : pool_(std::move(other.pool_)),
-      data_(std::exchange(other.data_, nullptr)),
-      size_(std::exchange(other.size_, 0)),
-      is_filled_(std::exchange(other.is_filled_, false)),
-      content_(std::move(other.content_)) {}
-
-SecondaryShard& SecondaryShard::operator=(SecondaryShard&& other) noexcept {
-  std::swap(pool_, other.pool_);
-  std::swap(data_, other.data_);
-  std::swap(size_, other.size_);
-  std::swap(is_filled_, other.is_filled_);
-  std::swap(content_, other.content_);
-  return *this;
-}
-
-void SecondaryShard::reserve(size_t bytes) {
-  if (bytes == size_) return;
-  if (data_ != nullptr) pool_->deallocate(data_, size_);
-  data_ = nullptr;
-  size_ = 0;
-  if (bytes != 0) data_ = static_cast<std::byte*>(pool_->allocate(bytes));
-  size_ = bytes;
-}
-
 // --- Communicator --------------------------------------------------------------------------------------------------
 
 Communicator::Communicator(std::shared_ptr<Transport> transport, int node_size, Executor& executor,
@@ -485,9 +456,9 @@ void Communicator::agree(const std::string& description, Transport& transport, c
   std::array<char, kRecord> mine{};
   description.copy(mine.data(), kRecord - 1);
   std::vector<char> all(kRecord * static_cast<size_t>(size()));
-  Block sent(place.pool(), mine.size()), received(place.pool(), all.size());
+  const SharedBytes sent(place.pool(), mine.size()), received(place.pool(), all.size());
   place.upload(sent.data(), std::as_bytes(std::span(mine)));
-  transport.all_gather({sent.data(), sent.size()}, received.data(), description)->wait();
+  transport.all_gather(sent, received, description)->wait();
   transport.synchronize();
   place.download(std::as_writable_bytes(std::span(all)), received.data());
   for (int other = 0; other < size(); ++other) {
@@ -551,7 +522,10 @@ Pending Communicator::all_gather(const TensorView& shard_tensor, const TensorVie
   for (int chunk = 0; chunk < setup.layout.chunks; ++chunk) {
     bytes += wire_bytes(options.wire, shard.dtype, setup.layout.longest(chunk)) * (size() / node_size_);
   }
-  secondary->reserve(static_cast<size_t>(bytes));
+  if (secondary->bytes_.size() != static_cast<size_t>(bytes)) {
+    secondary->bytes_ = {};
+    secondary->bytes_ = SharedBytes(secondary->pool_, static_cast<size_t>(bytes));
+  }
   secondary->content_ = content;
   return start("all_gather", std::move(setup));
 }

@@ -1,4 +1,5 @@
-// Ranks as threads: a transfer is copied in where it starts and out where it is waited for.
+// Ranks as threads: a transfer is copied in where it starts and out where it is waited for, so one that is given up
+// leaves its memory alone.
 //
 // All ranks start the same transfers, so the n-th of each is the same one: a Meeting, which lives until all have taken
 // what is theirs. It is found by its number, under the one lock of the ranks' Room.
@@ -156,8 +157,32 @@ class InProcessTransport : public Transport {
   int size() const override { return room_->size(); }
   std::string name() const override { return "in process"; }
 
-  std::unique_ptr<Transfer> all_gather(std::span<const std::byte> sent, std::byte* received,
+  std::unique_ptr<Transfer> all_gather(const SharedBytes& sent, const SharedBytes& received,
                                        std::string_view operation) override {
+    return gather({sent.data(), sent.size()}, received.data(), operation);
+  }
+
+  std::unique_ptr<Transfer> all_to_all(const SharedBytes& sent, std::span<const int64_t> sent_bytes,
+                                       const SharedBytes& received, std::span<const int64_t> received_bytes,
+                                       std::string_view operation) override {
+    return start({.for_all = false,
+                  .operation = std::string(operation),
+                  .bytes = {sent.data(), sent.data() + sent.size()},
+                  .sent = {sent_bytes.begin(), sent_bytes.end()},
+                  .received = {received_bytes.begin(), received_bytes.end()}},
+                 received.data());
+  }
+
+  std::shared_ptr<Transport> split(int color) override {
+    std::vector<int> colors(static_cast<size_t>(size()));
+    gather(std::as_bytes(std::span(&color, 1)), reinterpret_cast<std::byte*>(colors.data()), "split")->wait();
+    const auto of_color = [&](auto end) { return static_cast<int>(std::count(colors.begin(), end, color)); };
+    auto room = room_->part(next_, color, of_color(colors.end()));
+    return std::make_shared<InProcessTransport>(std::move(room), of_color(colors.begin() + rank_));
+  }
+
+ private:
+  std::unique_ptr<Transfer> gather(std::span<const std::byte> sent, std::byte* received, std::string_view operation) {
     return start({.for_all = true,
                   .operation = std::string(operation),
                   .bytes = {sent.begin(), sent.end()},
@@ -165,27 +190,6 @@ class InProcessTransport : public Transport {
                   .received = {}},
                  received);
   }
-
-  std::unique_ptr<Transfer> all_to_all(const std::byte* sent, std::span<const int64_t> sent_bytes, std::byte* received,
-                                       std::span<const int64_t> received_bytes, std::string_view operation) override {
-    const int64_t bytes = std::accumulate(sent_bytes.begin(), sent_bytes.end(), int64_t{0});
-    return start({.for_all = false,
-                  .operation = std::string(operation),
-                  .bytes = {sent, sent + bytes},
-                  .sent = {sent_bytes.begin(), sent_bytes.end()},
-                  .received = {received_bytes.begin(), received_bytes.end()}},
-                 received);
-  }
-
-  std::shared_ptr<Transport> split(int color) override {
-    std::vector<int> colors(static_cast<size_t>(size()));
-    all_gather(std::as_bytes(std::span(&color, 1)), reinterpret_cast<std::byte*>(colors.data()), "split")->wait();
-    const auto of_color = [&](auto end) { return static_cast<int>(std::count(colors.begin(), end, color)); };
-    auto room = room_->part(next_, color, of_color(colors.end()));
-    return std::make_shared<InProcessTransport>(std::move(room), of_color(colors.begin() + rank_));
-  }
-
- private:
   std::unique_ptr<Transfer> start(Share share, std::byte* received) {
     return std::make_unique<InProcessTransfer>(room_, room_->bring(rank_, next_++, std::move(share)), rank_, received);
   }

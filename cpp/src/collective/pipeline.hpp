@@ -10,22 +10,22 @@
 #include <string>
 #include <vector>
 
-#include "collective/place.hpp"
 #include "narrowgauge/collective.hpp"
+#include "narrowgauge/transport.hpp"
 
 namespace ng {
 
 // What a rank sends to and receives from the others in one transfer.
 struct Message {
   std::vector<int64_t> sent_bytes, received_bytes;  // by rank
-  collective::Block sent, received;
+  SharedBytes sent, received;
 
   void reserve(const std::shared_ptr<Pool>& pool) {
     const auto total = [](const std::vector<int64_t>& bytes) {
       return static_cast<size_t>(std::accumulate(bytes.begin(), bytes.end(), int64_t{0}));
     };
-    sent = collective::Block(pool, total(sent_bytes));
-    received = collective::Block(pool, total(received_bytes));
+    sent = SharedBytes(pool, total(sent_bytes));
+    received = SharedBytes(pool, total(received_bytes));
   }
 };
 
@@ -56,7 +56,7 @@ class Pending::Work {
 
   int stages_;
   std::vector<Message> messages_;
-  std::vector<std::unique_ptr<Transfer>> in_flight_;  // ends before the messages do
+  std::vector<std::unique_ptr<Transfer>> in_flight_;
 };
 
 }  // namespace ng

@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <memory>
 #include <span>
-#include <utility>
 
 #include "collective/wire.hpp"
 #include "narrowgauge/collective.hpp"
@@ -14,34 +13,6 @@
 #include "narrowgauge/stream.hpp"
 
 namespace ng::collective {
-
-// Bytes of a pool, contents undefined. Move-only.
-class Block {
- public:
-  Block() = default;
-  Block(std::shared_ptr<Pool> pool, size_t bytes) : pool_(std::move(pool)), size_(bytes) {
-    if (bytes != 0) data_ = static_cast<std::byte*>(pool_->allocate(bytes));
-  }
-  ~Block() {
-    if (data_ != nullptr) pool_->deallocate(data_, size_);
-  }
-  Block(Block&& other) noexcept { *this = std::move(other); }
-  Block& operator=(Block&& other) noexcept {
-    std::swap(pool_, other.pool_);
-    std::swap(data_, other.data_);
-    std::swap(size_, other.size_);
-    return *this;
-  }
-
-  std::byte* data() noexcept { return data_; }
-  const std::byte* data() const noexcept { return data_; }
-  size_t size() const noexcept { return size_; }
-
- private:
-  std::shared_ptr<Pool> pool_;
-  std::byte* data_ = nullptr;
-  size_t size_ = 0;
-};
 
 // Coding is as in wire.hpp. On a GPU all of it is given to the stream and nothing waits, but for download().
 class Place {

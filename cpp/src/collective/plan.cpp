@@ -80,8 +80,9 @@ CollectivePlan plan_collective(CollectiveKind kind, int64_t numel, DType dtype, 
   collective::check_options(options);
   NG_CHECK(dtype == DType::f32 || dtype == DType::f16 || dtype == DType::bf16, InvalidArgument, "a plan for ",
            dtype_name(dtype), "; expected float32, float16 or bfloat16");
-  NG_CHECK(ranks >= 1 && numel >= 0, InvalidArgument, "a plan for ", numel, " elements of ", ranks,
-           " ranks; expected at least 0 of at least 1");
+  constexpr int64_t kMost = int64_t{1} << 48;  // of which bytes can still be counted
+  NG_CHECK(ranks >= 1 && numel >= 0 && numel <= kMost, InvalidArgument, "a plan for ", numel, " elements of ", ranks,
+           " ranks; expected 0 to ", kMost, " of at least 1");
   NG_CHECK(node_size >= 0 && (node_size == 0 || ranks % node_size == 0), InvalidArgument, "nodes of ", node_size,
            " ranks; expected a divisor of the ", ranks, " that there are, or 0");
   NG_CHECK(kind == CollectiveKind::all_reduce || numel % ranks == 0, InvalidArgument, name_of(kind), " of ", numel,

@@ -382,6 +382,11 @@ struct Setting {
   TensorView from, to;
 };
 
+// A GPU's memory that the test keeps.
+SharedBytes shared(const OnGpu& memory, int64_t bytes) {
+  return {std::shared_ptr<std::byte>(std::shared_ptr<void>(), memory.data()), static_cast<size_t>(bytes)};
+}
+
 TEST_F(CudaNccl, RanksThatDisagreeAreToldWhat) {
   const std::vector<std::string> errors = errors_of_gpus(2, [](const std::shared_ptr<NcclTransport>& transport) {
     Setting setting(transport, transport->rank() == 0 ? 100 : 101);
@@ -443,7 +448,10 @@ TEST_F(CudaNccl, PartsThatDoNotFitNeverArrive) {
     const int64_t bytes = transport->rank() == 0 ? 64 : 100;
     const int64_t counts[] = {bytes, bytes};
     const std::shared_ptr<Transport> ordered = transport->on(setting.stream);
-    ordered->all_to_all(setting.input.data(), counts, setting.out.data(), counts, "exchange")->wait();
+    ordered
+        ->all_to_all(shared(setting.input, 2 * counts[0]), counts, shared(setting.out, 2 * counts[0]), counts,
+                     "exchange")
+        ->wait();
     setting.stream.synchronize();
   });
   for (const std::string& error : errors) expect_part(error, "exchange on rank");

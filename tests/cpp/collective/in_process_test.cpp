@@ -19,13 +19,18 @@ std::vector<std::byte> pattern(int from, int to, int64_t bytes) {
   return all;
 }
 
+// Bytes of the test's own.
+SharedBytes shared(std::span<std::byte> bytes) {
+  return {std::shared_ptr<std::byte>(std::shared_ptr<void>(), bytes.data()), bytes.size()};
+}
+
 TEST(InProcessTransport, GathersInTheOrderOfRanks) {
   for (const int size : {1, 2, 5}) {
     run_ranks(size, [&](std::shared_ptr<Transport>& transport) {
       EXPECT_EQ(transport->size(), size);
-      const std::vector<std::byte> mine = pattern(transport->rank(), 0, 100);
+      std::vector<std::byte> mine = pattern(transport->rank(), 0, 100);
       std::vector<std::byte> all(static_cast<size_t>(100 * size));
-      transport->all_gather(mine, all.data(), "gather")->wait();
+      transport->all_gather(shared(mine), shared(all), "gather")->wait();
       for (int rank = 0; rank < size; ++rank) {
         const std::vector<std::byte> part(all.begin() + 100 * rank, all.begin() + 100 * (rank + 1));
         EXPECT_EQ(part, pattern(rank, 0, 100));
@@ -53,7 +58,7 @@ TEST(InProcessTransport, ExchangesPartsOfAnyLength) {
       }
       auto& to = received[static_cast<size_t>(number)];
       to.resize(static_cast<size_t>(std::accumulate(received_bytes.begin(), received_bytes.end(), int64_t{0})));
-      transfers.push_back(transport->all_to_all(sent.data(), sent_bytes, to.data(), received_bytes, "exchange"));
+      transfers.push_back(transport->all_to_all(shared(sent), sent_bytes, shared(to), received_bytes, "exchange"));
     }
     for (int number = kTransfers - 1; number >= 0; --number) {
       transfers[static_cast<size_t>(number)]->wait();
@@ -75,9 +80,9 @@ TEST(InProcessTransport, SplitsByColor) {
     EXPECT_EQ(rows->rank(), transport->rank() % 3);
     EXPECT_EQ(columns->size(), 2);
     EXPECT_EQ(columns->rank(), transport->rank() / 3);
-    const auto mine = static_cast<std::byte>(transport->rank());
+    auto mine = static_cast<std::byte>(transport->rank());
     std::byte all[2];
-    columns->all_gather({&mine, 1}, all, "columns")->wait();
+    columns->all_gather(shared({&mine, 1}), shared(all), "columns")->wait();
     EXPECT_EQ(static_cast<int>(all[1]) - static_cast<int>(all[0]), 3);
   });
 }
@@ -91,7 +96,7 @@ TEST(InProcessTransport, ARankThatDoesNotComeIsNamed) {
           return;
         }
         std::byte all[3], mine{};
-        transport->all_gather({&mine, 1}, all, "step 7")->wait();
+        transport->all_gather(shared({&mine, 1}), shared(all), "step 7")->wait();
       },
       milliseconds(50));
   expect_part(errors[0], "step 7: rank 1 did not come within 50 ms");
@@ -102,7 +107,7 @@ TEST(InProcessTransport, ARankThatHasGoneIsNamedAtOnce) {
   const std::vector<std::string> errors = errors_of_ranks(3, [](std::shared_ptr<Transport>& transport) {
     if (transport->rank() == 2) return;
     std::byte all[3], mine{};
-    transport->all_gather({&mine, 1}, all, "step 7")->wait();
+    transport->all_gather(shared({&mine, 1}), shared(all), "step 7")->wait();
   });
   expect_part(errors[0], "step 7: rank 2 of 3 has gone");
   expect_part(errors[1], "step 7: rank 2 of 3 has gone");
@@ -112,7 +117,7 @@ TEST(InProcessTransport, TransfersThatDoNotFitTogetherAreRefused) {
   const std::vector<std::string> errors = errors_of_ranks(2, [](std::shared_ptr<Transport>& transport) {
     std::byte all[8], mine[4]{};
     const bool first = transport->rank() == 0;
-    transport->all_gather({mine, first ? size_t{4} : size_t{3}}, all, first ? "four" : "three")->wait();
+    transport->all_gather(shared({mine, first ? size_t{4} : size_t{3}}), shared(all), first ? "four" : "three")->wait();
   });
   for (const std::string& error : errors) {
     expect_part(error, "sends 4 bytes in four; rank 1 expects 3 in three");

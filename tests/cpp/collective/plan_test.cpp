@@ -24,13 +24,14 @@ class CountingTransport final : public Transport {
   int size() const override { return below_->size(); }
   std::string name() const override { return below_->name(); }
 
-  std::unique_ptr<Transfer> all_gather(std::span<const std::byte> sent, std::byte* received,
+  std::unique_ptr<Transfer> all_gather(const SharedBytes& sent, const SharedBytes& received,
                                        std::string_view operation) override {
     *sent_ += static_cast<int64_t>(sent.size()) * (size() - 1);
     return below_->all_gather(sent, received, operation);
   }
-  std::unique_ptr<Transfer> all_to_all(const std::byte* sent, std::span<const int64_t> sent_bytes, std::byte* received,
-                                       std::span<const int64_t> received_bytes, std::string_view operation) override {
+  std::unique_ptr<Transfer> all_to_all(const SharedBytes& sent, std::span<const int64_t> sent_bytes,
+                                       const SharedBytes& received, std::span<const int64_t> received_bytes,
+                                       std::string_view operation) override {
     *sent_ +=
         std::accumulate(sent_bytes.begin(), sent_bytes.end(), int64_t{0}) - sent_bytes[static_cast<size_t>(rank())];
     return below_->all_to_all(sent, sent_bytes, received, received_bytes, operation);
