@@ -137,6 +137,7 @@ def longest(value: float) -> float:
 def main() -> None:
     n, dtype, rounds = int(sys.argv[1]), getattr(torch, sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
+    ng.set_threads(1)
     dist.init_process_group("gloo")
     cases = cases_of(n, dtype)
     order = list(cases)

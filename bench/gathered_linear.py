@@ -36,6 +36,7 @@ def rank_main(args: argparse.Namespace) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    ng.set_threads(1)
     dist.init_process_group("gloo")
     comm, rank = ng.Communicator.from_torch(), dist.get_rank()
     n, part = args.size, args.size // dist.get_world_size()

@@ -34,8 +34,8 @@ INT8, INT4 = "int8:g64:bf16", "int4:g64:bf16"
 class Contender(NamedTuple):
     """weights and gradients as ng.fsdp.apply takes them; None: torch's own; "bf16": see Bf16Gather.
 
-    keeps: what was gathered for the forward pass serves the backward pass too, where ranks are nodes of their own, and
-    is gathered within the node where they are not (hpZ of ZeRO++).
+    keeps: the backward pass does not ask other nodes for weights (hpZ of ZeRO++): nodes of several ranks have secondary
+    shards, in nodes of one a rank keeps what the forward pass gathered.
     """
 
     weights: Any = None
@@ -117,9 +117,10 @@ class Bf16Scatter(ReduceScatter):
 class Trainer:
     """A model of one contender, sharded, and its text."""
 
-    def __init__(self, contender: Contender, seed: int, node_size: int, regather: bool | int = True) -> None:
+    def __init__(self, contender: Contender, seed: int, node_size: int) -> None:
         torch.manual_seed(seed)
         self.model = Gpt()
+        regather = not contender.keeps or node_size > 1
         for block in self.model.blocks:
             fully_shard(block, reshard_after_forward=regather)
         fully_shard(self.model, reshard_after_forward=regather)
@@ -128,7 +129,14 @@ class Trainer:
                 module.set_custom_all_gather(Bf16Gather())
                 module.set_custom_reduce_scatter(Bf16Scatter())
         elif contender.weights is not None:
-            ng.fsdp.apply(self.model, weights=contender.weights, gradients=contender.gradients, node_size=node_size)
+            ng.fsdp.apply(
+                self.model,
+                weights=contender.weights,
+                gradients=contender.gradients,
+                node_size=node_size if node_size > 1 else 0,
+                secondary=contender.keeps and node_size > 1,
+                exact_below=0,
+            )
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, weight_decay=0.1)
         text = read_text()
         self.text, self.held_out = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
@@ -202,11 +210,7 @@ def cpu_seconds() -> float:
 
 def step_times(names: list[str], rounds: int, node_size: int) -> None:
     """A step of every contender in turns, from a barrier on, until the slowest rank has done it."""
-    kept = node_size if node_size > 1 else False
-    trainers = {
-        name: Trainer(CONTENDERS[name], 0, node_size if node_size > 1 else 0, kept if CONTENDERS[name].keeps else True)
-        for name in names
-    }
+    trainers = {name: Trainer(CONTENDERS[name], 0, node_size) for name in names}
     shuffle, order = random.Random(0), list(names)
     for number in range(-2, rounds):
         shuffle.shuffle(order)
@@ -228,6 +232,7 @@ def step_times(names: list[str], rounds: int, node_size: int) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
+    ng.set_threads(1)
     dist.init_process_group("gloo")
     if sys.argv[1] == "loss":
         losses(json.loads(sys.argv[2]), int(sys.argv[3]))

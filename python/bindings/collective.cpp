@@ -225,6 +225,8 @@ void bind_collective(nb::module_& module) {
           },
           "wire"_a, "inside"_a, "chunks"_a, "chunk_bytes"_a, "seed"_a, "exact_below"_a);
   module.attr("EXACT_BELOW") = kExactBelow;
+  module.attr("CHUNKS") = CollectiveOptions{}.chunks;
+  module.attr("CHUNK_BYTES") = CollectiveOptions{}.chunk_bytes;
 
   nb::class_<CollectivePlan> plan(module, "CollectivePlan", nb::is_final());
   plan.attr("__module__") = "narrowgauge";

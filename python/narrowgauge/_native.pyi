@@ -109,6 +109,8 @@ class Pending:
 class Transport: ...
 
 EXACT_BELOW: int
+CHUNKS: int
+CHUNK_BYTES: int
 
 class CollectiveOptions:
     def __init__(

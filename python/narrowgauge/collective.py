@@ -14,15 +14,12 @@ from typing import Any, Generic, TypeVar
 
 from narrowgauge import _arrays, _native
 from narrowgauge._arrays import Array
-from narrowgauge._native import EXACT_BELOW, CollectivePlan, Format, Wire
+from narrowgauge._native import CHUNK_BYTES, CHUNKS, EXACT_BELOW, CollectivePlan, Format, Wire
 from narrowgauge.memory import HostPool
 from narrowgauge.qtensor import QTensor
 
 WireLike = Wire | Format | str | None
 Result = TypeVar("Result")
-
-CHUNKS = 8
-CHUNK_BYTES = 1 << 18
 
 
 def as_wire(wire: WireLike) -> Wire:
@@ -113,9 +110,9 @@ class Communicator:
     within one. All ranks call the same collectives in the same order. A Communicator is used by one thread at a time.
 
     Every collective takes `async_op`: False waits and returns the result, True returns a Pending; and `chunks` and
-    `chunk_bytes`: so many, of at least so many bytes of elements, are on the wire while others are coded. Tensors of
-    fewer than `exact_below` bytes (1 MiB) travel as they are, since that is faster, and their results are exact;
-    `exact_below=0` keeps to the wires. plan() says what is done.
+    `chunk_bytes`: at most so many, of at least so many bytes of all ranks' elements (4 MiB), are on the wire while
+    others are coded. Tensors of fewer than `exact_below` bytes (1 MiB) travel as they are, since that is faster, and
+    their results are exact; `exact_below=0` keeps to the wires. plan() says what is done.
     """
 
     def __init__(self, native: _native.Communicator) -> None:

@@ -133,6 +133,7 @@ class Rank:
 
 def run_rank(seed: int, rank: int, size: int, seconds: float, store: str) -> None:
     torch.set_num_threads(1)
+    ng.set_threads(1)
     timeout = datetime.timedelta(seconds=TIMEOUT)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timeout)
     worker = Rank(seed, rank, size)

@@ -51,7 +51,7 @@ struct CollectiveOptions {
   Wire wire{};                    // between all ranks; with nodes, between those
   Wire inside{};                  // with nodes, within one
   int chunks = 8;                 // at most; on the wire while others are coded. 1: no overlap
-  int64_t chunk_bytes = 1 << 18;  // of the elements, at least
+  int64_t chunk_bytes = 4 << 20;  // of all ranks' elements, at least: smaller ones cost more as messages than they hide
   uint64_t seed = 0;              // of stochastic rounding; a new one for every call
   // Tensors of fewer bytes travel as they are, whatever the wires say: see plan_collective(). 0: none do.
   int64_t exact_below = kExactBelow;
