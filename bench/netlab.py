@@ -68,7 +68,7 @@ class Lab:
         return f"{self._name}h{host}"
 
     def start(self, rank: int, command: Sequence[str], **options: object) -> subprocess.Popen[str]:
-        """Starts a command as a rank, on its host, with what a rank of torch.distributed finds its peers by."""
+        """A command as a rank, on its host, with what torch.distributed finds its peers by. The lab's end kills it."""
         environment = {
             **os.environ,
             "RANK": str(rank),
@@ -79,15 +79,13 @@ class Lab:
         }
         host = rank // (self.ranks // self.hosts)
         inside = ["ip", "netns", "exec", self.namespace(host), *command]
-        return subprocess.Popen(inside, env=environment, text=True, **options)  # type: ignore[call-overload, no-any-return]
+        process = subprocess.Popen(inside, env=environment, text=True, **options)  # type: ignore[call-overload]
+        self._undo.callback(end, process)
+        return process  # type: ignore[no-any-return]
 
     def run(self, command: Sequence[str]) -> int:
-        """Runs a command as all ranks; the first exit code that is not 0. All are killed when one fails."""
-        with ExitStack() as stack:
-            processes = [self.start(rank, command) for rank in range(self.ranks)]
-            for process in processes:
-                stack.callback(end, process)
-            return wait_for_all(processes)
+        """A command as all ranks, until they have ended or one has failed: the first exit code that is not 0, or 0."""
+        return wait_for_all([self.start(rank, command) for rank in range(self.ranks)])
 
     def _build(self) -> None:
         switch = f"{self._name}sw"
@@ -139,13 +137,16 @@ def _run(*command: str) -> None:
 
 
 def exit_on_signals() -> None:
-    """So that namespaces are undone on the way out."""
+    """So that namespaces are undone on the way out, whatever else comes then."""
+    signals = (signal.SIGINT, signal.SIGTERM)
 
     def leave(number: int, frame: object) -> None:
+        for each in signals:
+            signal.signal(each, signal.SIG_IGN)
         sys.exit(128 + number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, leave)
+    for each in signals:
+        signal.signal(each, leave)
 
 
 def main() -> int:

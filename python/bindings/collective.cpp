@@ -219,14 +219,13 @@ void bind_collective(nb::module_& module) {
   nb::class_<CollectiveOptions>(module, "CollectiveOptions")
       .def(
           "__init__",
-          [](CollectiveOptions* self, const Wire& how, const Wire& inside, int chunks, int64_t chunk_bytes,
-             uint64_t seed, int64_t exact_below) {
+          [](CollectiveOptions* self, const Wire& how, const Wire& inside, int chunks,
+             std::optional<int64_t> chunk_bytes, uint64_t seed, int64_t exact_below) {
             new (self) CollectiveOptions{how, inside, chunks, chunk_bytes, seed, exact_below};
           },
-          "wire"_a, "inside"_a, "chunks"_a, "chunk_bytes"_a, "seed"_a, "exact_below"_a);
+          "wire"_a, "inside"_a, "chunks"_a, "chunk_bytes"_a.none(), "seed"_a, "exact_below"_a);
   module.attr("EXACT_BELOW") = kExactBelow;
   module.attr("CHUNKS") = CollectiveOptions{}.chunks;
-  module.attr("CHUNK_BYTES") = CollectiveOptions{}.chunk_bytes;
 
   nb::class_<CollectivePlan> plan(module, "CollectivePlan", nb::is_final());
   plan.attr("__module__") = "narrowgauge";

@@ -110,11 +110,10 @@ class Transport: ...
 
 EXACT_BELOW: int
 CHUNKS: int
-CHUNK_BYTES: int
 
 class CollectiveOptions:
     def __init__(
-        self, wire: Wire, inside: Wire, chunks: int, chunk_bytes: int, seed: int, exact_below: int
+        self, wire: Wire, inside: Wire, chunks: int, chunk_bytes: int | None, seed: int, exact_below: int
     ) -> None: ...
 
 @final

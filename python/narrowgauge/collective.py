@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 
 from narrowgauge import _arrays, _native
 from narrowgauge._arrays import Array
-from narrowgauge._native import CHUNK_BYTES, CHUNKS, EXACT_BELOW, CollectivePlan, Format, Wire
+from narrowgauge._native import CHUNKS, EXACT_BELOW, CollectivePlan, Format, Wire
 from narrowgauge.memory import HostPool
 from narrowgauge.qtensor import QTensor
 
@@ -37,7 +37,7 @@ def plan(
     node_size: int = 0,
     inside: WireLike = None,
     chunks: int = CHUNKS,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
     exact_below: int = EXACT_BELOW,
 ) -> CollectivePlan:
     """How "all_gather", "reduce_scatter" or "all_reduce" is done with a tensor by `size` ranks: a function of its
@@ -110,9 +110,9 @@ class Communicator:
     within one. All ranks call the same collectives in the same order. A Communicator is used by one thread at a time.
 
     Every collective takes `async_op`: False waits and returns the result, True returns a Pending; and `chunks` and
-    `chunk_bytes`: at most so many, of at least so many bytes of all ranks' elements (4 MiB), are on the wire while
-    others are coded. Tensors of fewer than `exact_below` bytes (1 MiB) travel as they are, since that is faster, and
-    their results are exact; `exact_below=0` keeps to the wires. plan() says what is done.
+    `chunk_bytes`: at most so many, of at least so many bytes of all ranks' elements (None: 4 MiB, 2 of reduce_scatter),
+    are on the wire while others are coded. Tensors of fewer than `exact_below` bytes (1 MiB) travel as they are, since
+    that is faster, and their results are exact; `exact_below=0` keeps to the wires. plan() says what is done.
     """
 
     def __init__(self, native: _native.Communicator) -> None:
@@ -207,7 +207,7 @@ class Communicator:
         *,
         inside: WireLike = None,
         chunks: int = CHUNKS,
-        chunk_bytes: int = CHUNK_BYTES,
+        chunk_bytes: int | None = None,
         exact_below: int = EXACT_BELOW,
     ) -> CollectivePlan:
         """How the collective of that name is done with its first argument: see narrowgauge.collective.plan. Local."""
@@ -226,7 +226,7 @@ class Communicator:
         seed: int = 0,
         async_op: bool = False,
         chunks: int = CHUNKS,
-        chunk_bytes: int = CHUNK_BYTES,
+        chunk_bytes: int | None = None,
         exact_below: int = EXACT_BELOW,
     ) -> Any:
         """The shards of all ranks, one behind the other along the first axis, in `out` or a new array of its dtype.
@@ -257,7 +257,7 @@ class Communicator:
         seed: int = 0,
         async_op: bool = False,
         chunks: int = CHUNKS,
-        chunk_bytes: int = CHUNK_BYTES,
+        chunk_bytes: int | None = None,
     ) -> Any:
         """The rows of all ranks' shards [rows, cols] as they travelled: a canonical QTensor [size * rows, cols].
 
@@ -290,7 +290,7 @@ class Communicator:
         seed: int = 0,
         async_op: bool = False,
         chunks: int = CHUNKS,
-        chunk_bytes: int = CHUNK_BYTES,
+        chunk_bytes: int | None = None,
         exact_below: int = EXACT_BELOW,
     ) -> Any:
         """This rank's part of the sum or "mean" of all inputs: of `size` equal parts along the first axis, its own.
@@ -322,7 +322,7 @@ class Communicator:
         seed: int = 0,
         async_op: bool = False,
         chunks: int = CHUNKS,
-        chunk_bytes: int = CHUNK_BYTES,
+        chunk_bytes: int | None = None,
         exact_below: int = EXACT_BELOW,
     ) -> Any:
         """The sum or "mean" of all inputs, the same bits on all ranks. `out` may be `input`. All is rounded twice.
@@ -348,7 +348,7 @@ class Communicator:
         seed: int = 0,
         async_op: bool = False,
         chunks: int = CHUNKS,
-        chunk_bytes: int = CHUNK_BYTES,
+        chunk_bytes: int | None = None,
     ) -> Any:
         """Sends input_numels[i] elements, in their order, to each rank i; out_numels[i] come from it, into `out`."""
         pending = self._native.all_to_all(
@@ -367,7 +367,7 @@ def nccl_unique_id() -> bytes:
 
 
 def _options(
-    wire: WireLike, inside: WireLike, chunks: int, chunk_bytes: int, seed: int, exact_below: int
+    wire: WireLike, inside: WireLike, chunks: int, chunk_bytes: int | None, seed: int, exact_below: int
 ) -> _native.CollectiveOptions:
     return _native.CollectiveOptions(as_wire(wire), as_wire(inside), chunks, chunk_bytes, seed, exact_below)
 

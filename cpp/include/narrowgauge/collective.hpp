@@ -48,11 +48,11 @@ struct Wire {
 inline constexpr int64_t kExactBelow = 1 << 20;
 
 struct CollectiveOptions {
-  Wire wire{};                    // between all ranks; with nodes, between those
-  Wire inside{};                  // with nodes, within one
-  int chunks = 8;                 // at most; on the wire while others are coded. 1: no overlap
-  int64_t chunk_bytes = 4 << 20;  // of all ranks' elements, at least: smaller ones cost more as messages than they hide
-  uint64_t seed = 0;              // of stochastic rounding; a new one for every call
+  Wire wire{};                           // between all ranks; with nodes, between those
+  Wire inside{};                         // with nodes, within one
+  int chunks = 8;                        // at most; on the wire while others are coded. 1: no overlap
+  std::optional<int64_t> chunk_bytes{};  // of all ranks' elements, at least; nullopt: default_chunk_bytes()
+  uint64_t seed = 0;                     // of stochastic rounding; a new one for every call
   // Tensors of fewer bytes travel as they are, whatever the wires say: see plan_collective(). 0: none do.
   int64_t exact_below = kExactBelow;
   // Where the transport carries memory of a GPU: what orders the collective's work there.
@@ -62,6 +62,11 @@ struct CollectiveOptions {
 enum class Reduction : uint8_t { sum, mean };
 
 enum class CollectiveKind : uint8_t { all_gather, reduce_scatter, all_reduce };
+
+// A chunk's message has a price of its own, some 0.3 ms over gloo, and an all-to-all by itself leaves links idle.
+constexpr int64_t default_chunk_bytes(CollectiveKind kind) {
+  return kind == CollectiveKind::reduce_scatter ? 2 << 20 : 4 << 20;
+}
 
 // How a collective is done.
 struct CollectivePlan {

@@ -370,11 +370,11 @@ class Exchange final : public Pending::Work {
 
 // What all ranks must agree on.
 std::string describe(const char* name, const Elements& input, const Elements& out, const CollectiveOptions& options,
-                     int node_size) {
+                     int chunks, int node_size) {
   std::string nodes;
   if (node_size != 0) nodes = concat(", ", options.inside.str(), " in nodes of ", node_size);
   return concat(name, " of ", input.n, ' ', dtype_name(input.dtype), " to ", out.n, ' ', dtype_name(out.dtype), " in ",
-                options.wire.str(), nodes, ", ", options.chunks, " chunks of ", options.chunk_bytes, " bytes");
+                options.wire.str(), nodes, ", ", chunks, chunks == 1 ? " chunk" : " chunks");
 }
 
 std::vector<Step> scatter_steps(int node_size) {
@@ -472,7 +472,7 @@ void Communicator::agree(const std::string& description, Transport& transport, c
 Pending Communicator::start(const char* name, Setup setup) {
   setup.ranks = {ordered(transport_, setup.options), ordered(node_, setup.options), ordered(across_, setup.options),
                  node_size_};
-  setup.operation = describe(name, setup.input, setup.out, setup.options, node_size_);
+  setup.operation = describe(name, setup.input, setup.out, setup.options, setup.layout.chunks, node_size_);
   agree(setup.operation, *setup.ranks.all, *setup.place);
   return Pending(std::make_unique<Job>(std::move(setup)));
 }
@@ -499,7 +499,7 @@ Pending Communicator::all_gather(const TensorView& shard_tensor, const TensorVie
            shard.n);
   const CollectiveOptions options = planned(CollectiveKind::all_gather, out.n, shard.dtype, asked);
   Setup setup{.steps = gather_steps(node_size_),
-              .layout = equal_parts(shard.n, size(), shard.dtype, options),
+              .layout = equal_parts(CollectiveKind::all_gather, shard.n, size(), shard.dtype, options),
               .input = shard,
               .out = out,
               .options = options,
@@ -511,7 +511,7 @@ Pending Communicator::all_gather(const TensorView& shard_tensor, const TensorVie
            "a secondary shard with ranks of one level; expected a node_size above 1 and below ", size());
   NG_CHECK(secondary->pool_->device() == transport_->device(), InvalidArgument, "the secondary shard's pool is of ",
            secondary->pool_->device().str(), "; expected memory of ", transport_->device().str());
-  const std::string content = describe("all_gather", shard, out, options, node_size_);
+  const std::string content = describe("all_gather", shard, out, options, setup.layout.chunks, node_size_);
   if (secondary->is_filled_) {
     NG_CHECK(secondary->content_ == content, InvalidArgument, "the secondary shard is that of ", secondary->content_,
              "; expected that of ", content);
@@ -549,13 +549,14 @@ Pending Communicator::all_gather(const TensorView& shard_tensor, const Canonical
   place->check(out.codes, "codes", 1);
   place->check(out.scales, "scales", scale_bytes(format.scale));
   place->check(out.zeros, "zeros", 1);
-  return start("all_gather of codes", {.steps = gather_steps(node_size_),
-                                       .layout = equal_parts(shard.n, size(), shard.dtype, options),
-                                       .input = shard,
-                                       .out = {nullptr, shard.dtype, shard.n * size()},
-                                       .options = options,
-                                       .codes = out,
-                                       .place = place});
+  return start("all_gather of codes",
+               {.steps = gather_steps(node_size_),
+                .layout = equal_parts(CollectiveKind::all_gather, shard.n, size(), shard.dtype, options),
+                .input = shard,
+                .out = {nullptr, shard.dtype, shard.n * size()},
+                .options = options,
+                .codes = out,
+                .place = place});
 }
 
 Pending Communicator::reduce_scatter(const TensorView& input_tensor, const TensorView& out_tensor, Reduction reduction,
@@ -570,7 +571,7 @@ Pending Communicator::reduce_scatter(const TensorView& input_tensor, const Tenso
   steps.push_back(Step::finish_sum);
   return start(is_mean ? "reduce_scatter of means" : "reduce_scatter of sums",
                {.steps = std::move(steps),
-                .layout = equal_parts(out.n, size(), input.dtype, options),
+                .layout = equal_parts(CollectiveKind::reduce_scatter, out.n, size(), input.dtype, options),
                 .input = input,
                 .out = out,
                 .options = options,

@@ -45,24 +45,26 @@ struct Layout {
   }
 };
 
-inline int chunks_of(int64_t n, DType dtype, const CollectiveOptions& options) {
+inline int chunks_of(CollectiveKind kind, int64_t n, DType dtype, const CollectiveOptions& options) {
   const int64_t bytes = n * static_cast<int64_t>(dtype_bytes(dtype));
-  return static_cast<int>(std::clamp<int64_t>(bytes / options.chunk_bytes, 1, options.chunks));
+  const int64_t least = options.chunk_bytes.value_or(default_chunk_bytes(kind));
+  return static_cast<int>(std::clamp<int64_t>(bytes / least, 1, options.chunks));
 }
 
 // Parts of n elements each.
-inline Layout equal_parts(int64_t n, int ranks, DType dtype, const CollectiveOptions& options) {
+inline Layout equal_parts(CollectiveKind kind, int64_t n, int ranks, DType dtype, const CollectiveOptions& options) {
   Layout layout;
   for (int rank = 0; rank < ranks; ++rank) layout.parts.push_back({rank * n, n});
   layout.unit = std::lcm(unit_elements(options.wire), unit_elements(options.inside));
-  layout.chunks = chunks_of(n * ranks, dtype, options);
+  layout.chunks = chunks_of(kind, n * ranks, dtype, options);
   return layout;
 }
 
-// n elements in parts.
+// n elements of an all_reduce in parts.
 inline Layout nearly_equal_parts(int64_t n, int ranks, DType dtype, const CollectiveOptions& options) {
-  Layout layout = equal_parts(0, ranks, dtype, options);
-  layout.chunks = chunks_of(n, dtype, options);
+  constexpr auto kKind = CollectiveKind::all_reduce;
+  Layout layout = equal_parts(kKind, 0, ranks, dtype, options);
+  layout.chunks = chunks_of(kKind, n, dtype, options);
   for (int rank = 0; rank < ranks; ++rank) {
     layout.parts[static_cast<size_t>(rank)] = cut(n, layout.unit, rank, ranks);
   }

@@ -62,7 +62,8 @@ void collective::check_options(const CollectiveOptions& options) {
   check_wire(options.wire);
   check_wire(options.inside);
   NG_CHECK(options.chunks >= 1, InvalidArgument, options.chunks, " chunks; expected at least 1");
-  NG_CHECK(options.chunk_bytes >= 1, InvalidArgument, "chunks of ", options.chunk_bytes, " bytes; expected at least 1");
+  NG_CHECK(options.chunk_bytes.value_or(1) >= 1, InvalidArgument, "chunks of ", *options.chunk_bytes,
+           " bytes; expected at least 1");
   NG_CHECK(options.exact_below >= 0, InvalidArgument, "exact_below is ", options.exact_below,
            "; expected bytes, or 0 for never");
 }
@@ -104,8 +105,9 @@ CollectivePlan plan_collective(CollectiveKind kind, int64_t numel, DType dtype, 
   }
   CollectiveOptions used = options;
   used.wire = plan.wire, used.inside = plan.inside;
-  const Layout layout = kind == CollectiveKind::all_reduce ? collective::nearly_equal_parts(numel, ranks, dtype, used)
-                                                           : collective::equal_parts(numel / ranks, ranks, dtype, used);
+  const Layout layout = kind == CollectiveKind::all_reduce
+                            ? collective::nearly_equal_parts(numel, ranks, dtype, used)
+                            : collective::equal_parts(kind, numel / ranks, ranks, dtype, used);
   plan.chunks = layout.chunks;
   for (const bool gathers : {false, true}) {
     if (kind == (gathers ? CollectiveKind::reduce_scatter : CollectiveKind::all_gather)) continue;
