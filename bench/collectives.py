@@ -4,6 +4,8 @@
     python bench/collectives.py --rates 200mbit --mebibytes 16 --rounds 9 --png collectives.png --json results.json
     python bench/collectives.py --hosts 2,4 --mebibytes 1,4,16,64,256
 
+Without root, or off Linux, it prints the bytes that ranks plan to send, and exits with 2.
+
 Every round runs every case once in random order; a time is that of the slowest rank, from a barrier on. The ideal is
 the time in which the link carries what a rank has to send. Bytes are those of the network device, headers included,
 beside the formula: elements x bits x (ranks - 1). The relative error is that of the Euclidean norm. DDP's hooks get the
@@ -20,7 +22,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import narrowgauge as ng
 import protocol
+from collectives_rank import FORMATS
 from netlab import Lab, exit_on_signals, why_not
 
 BITS_PER_SECOND = {"mbit": 1e6, "gbit": 1e9}
@@ -73,6 +77,22 @@ def table(rows: list[dict[str, Any]], rate: str, mebibytes: float, dtype: str) -
     )  # fmt: skip
 
 
+def account(hosts: int, mebibytes: float, dtype: str) -> None:
+    """What ranks would send by their plans, where nothing can be measured."""
+    elements = int(mebibytes * 2**20 / (4 if dtype == "float32" else 2)) // hosts * hosts
+    lines = []
+    for collective, (name, wire) in itertools.product(COLLECTIVES, {"exact": None, **FORMATS}.items()):
+        plan = ng.collective.plan(collective, elements, dtype, wire, size=hosts)
+        exact = ng.collective.plan(collective, elements, dtype, None, size=hosts)
+        fewer = f"{exact.sent_bytes / plan.sent_bytes:.2f}"
+        lines.append([collective, name, f"{plan.sent_bytes / 1e6:.2f}", fewer, str(plan.wire), str(plan.chunks)])
+    protocol.print_table(
+        f"{hosts} hosts, {mebibytes:g} MiB of {dtype}: what a rank plans to send",
+        ["collective", "contender", "MB", "fewer than exact", "wire", "chunks"],
+        lines,
+    )
+
+
 def plot(rows: list[dict[str, Any]], path: str) -> None:
     import matplotlib
 
@@ -115,7 +135,10 @@ def main() -> int:
     parser.add_argument("--json", help="where to write the figures")
     args = parser.parse_args()
     if reason := why_not():
-        print(f"bench/collectives.py measures on links of its own: {reason}", file=sys.stderr)
+        print(f"bench/collectives.py measures on links of its own: {reason}. Bytes as planned:", file=sys.stderr)
+        sizes = (args.mebibytes or "16,64").split(",")
+        for hosts, mebibytes, dtype in itertools.product(args.hosts.split(","), sizes, args.dtypes.split(",")):
+            account(int(hosts), float(mebibytes), dtype)
         return 2
     exit_on_signals()
     rows: list[dict[str, Any]] = []
