@@ -35,7 +35,7 @@ using cuda::FpxScale;
 
 // --- kernels -------------------------------------------------------------------------------------------------------
 
-enum class Activations : uint8_t { f16, bf16, f16_wide };
+enum class Operand : uint8_t { f16, bf16, f16_wide };
 
 // Whether some values of the element are beyond fp16's. Those of fp8_e5m2 are not: its largest exponent is special.
 bool is_wide(const Element& e) {
@@ -43,23 +43,23 @@ bool is_wide(const Element& e) {
 }
 
 // What decodes products of x with the element.
-Activations activations_of(const Element& element, DType x) {
+Operand operand_of(const Element& element, DType x) {
   NG_CHECK(x == DType::f16 || x == DType::bf16, InvalidArgument, "x is ", dtype_name(x),
            " on a device; expected float16 or bfloat16");
-  if (x == DType::bf16) return Activations::bf16;
-  return is_wide(element) ? Activations::f16_wide : Activations::f16;
+  if (x == DType::bf16) return Operand::bf16;
+  return is_wide(element) ? Operand::f16_wide : Operand::f16;
 }
 
 // Numbers that a decoded weight is the sum of (kTerms of fpx_decode.cuh).
-int terms_of(const Element& element, Activations activations) {
+int terms_of(const Element& element, Operand operand) {
   if (element.kind != ElementKind::nf4) return 1;
-  return activations == Activations::f16 ? 2 : 3;
+  return operand == Operand::f16 ? 2 : 3;
 }
 
-const cuda::Image& image_of(const Element& element, Activations activations) {
+const cuda::Image& image_of(const Element& element, Operand operand) {
   using namespace cuda::images;
   if (element.kind == ElementKind::nf4) return sm80_fpx_linear_nf4;
-  const bool is_f16 = activations == Activations::f16;
+  const bool is_f16 = operand == Operand::f16;
   if (element.kind == ElementKind::fp) return is_f16 ? sm80_fpx_linear_fp_f16 : sm80_fpx_linear_fp_bf16;
   return is_f16 ? sm80_fpx_linear_int_f16 : sm80_fpx_linear_int_bf16;
 }
@@ -72,21 +72,21 @@ struct Kernel {
 
 constexpr size_t kElements = 3 * 9;  // fp, int and nf4 by width
 
-Kernel& kernel_of(const Element& element, Activations activations, int tile) {
-  static constexpr std::array kActivations{"f16", "bf16", "f16_wide"};
+Kernel& kernel_of(const Element& element, Operand operand, int tile) {
+  static constexpr std::array kOperands{"f16", "bf16", "f16_wide"};
   static constexpr std::array kKinds{"fp", "int", "nf"};
-  using Kernels = std::array<Kernel, kElements * kActivations.size() * cuda::kTileCount>;
+  using Kernels = std::array<Kernel, kElements * kOperands.size() * cuda::kTileCount>;
   static Kernels& kernels = *[] {
     auto* made = new Kernels;
     for (size_t i = 0; i < made->size(); ++i) {
       const size_t rest = i / cuda::kTileCount;
-      (*made)[i].name = concat("fpx_linear_", kActivations[rest / kElements], '_', kKinds[rest % kElements / 9],
-                               rest % 9, "_m", cuda::kTiles[i % cuda::kTileCount].x_rows);
+      (*made)[i].name = concat("fpx_linear_", kOperands[rest / kElements], '_', kKinds[rest % kElements / 9], rest % 9,
+                               "_m", cuda::kTiles[i % cuda::kTileCount].x_rows);
     }
     return made;
   }();
   const size_t kind = element.kind == ElementKind::fp ? 0 : element.kind == ElementKind::nf4 ? 2 : 1;
-  const size_t index = static_cast<size_t>(activations) * kElements + kind * 9 + element.bits;
+  const size_t index = static_cast<size_t>(operand) * kElements + kind * 9 + element.bits;
   return kernels[index * cuda::kTileCount + static_cast<size_t>(tile)];
 }
 
@@ -242,13 +242,13 @@ CudaLinearPlan cuda_linear_plan(int64_t rows, const Format& format, int64_t n, i
   NG_CHECK(rows > 0 && n > 0 && k > 0, InvalidArgument, "a product of [", rows, ", ", k, "] by [", n, ", ", k,
            "]; expected sizes of at least 1");
   NG_CHECK(multiprocessors > 0, InvalidArgument, multiprocessors, " multiprocessors; expected at least 1");
-  const Activations activations = activations_of(format.element, x);
+  const Operand operand = operand_of(format.element, x);
   const CudaLayout layout(format, n, k);
   const cuda::FpxPlan plan = cuda::fpx_plan(rows, n, k, format, multiprocessors);
   const cuda::FpxTile& tile = cuda::kTiles[plan.tile];
   const auto record_bytes = static_cast<int>(layout.record_bytes);
   const int64_t quantum = cuda::fpx_quantum(format);
-  return {.kernel = kernel_of(format.element, activations, plan.tile).name,
+  return {.kernel = kernel_of(format.element, operand, plan.tile).name,
           .x_rows = tile.x_rows,
           .weight_rows = tile.weight_rows(),
           .threads = tile.threads(),
@@ -256,7 +256,7 @@ CudaLinearPlan cuda_linear_plan(int64_t rows, const Format& format, int64_t n, i
           .stage_bytes = tile.stage_bytes(format.element.bits, record_bytes),
           .teams = tile.teams,
           .shared_bytes = tile.shared_bytes(format.element.bits, record_bytes) + tile.scratch_bytes(),
-          .resident = tile.resident(terms_of(format.element, activations)),
+          .resident = tile.resident(terms_of(format.element, operand)),
           .splits = plan.splits,
           .blocks = int64_t{blocks(n, tile.weight_rows())} * blocks(rows, tile.x_rows) * plan.splits,
           .block_stages = std::min(layout.stages,
@@ -275,7 +275,7 @@ void linear(const TensorView& x_tensor, const PackedView& packed, const TensorVi
             const TensorView& y_tensor, void* workspace, const Stream& stream) {
   const MatrixView x = as_matrix(x_tensor, "x");
   const MatrixView y = as_matrix(y_tensor, "y");
-  const Activations activations = activations_of(packed.format.element, x.dtype);
+  const Operand operand = operand_of(packed.format.element, x.dtype);
   NG_CHECK(x.cols == packed.cols, InvalidArgument, "x has shape ", x_tensor.shape_str(), "; expected [.., ",
            packed.cols, "] for weights [", packed.rows, ", ", packed.cols, "]");
   NG_CHECK(y.rows == x.rows && y.cols == packed.rows, InvalidArgument, "y has shape ", y_tensor.shape_str(),
@@ -308,7 +308,7 @@ void linear(const TensorView& x_tensor, const PackedView& packed, const TensorVi
   args.out.y_stride = y.row_stride;
   args.out.n = static_cast<int32_t>(packed.rows);
   set_x(x, args);
-  set_weights(packed, activations != Activations::f16, args);
+  set_weights(packed, operand != Operand::f16, args);
   cuda::FpxPlan plan;
   if (packed.cols > 0) {
     NG_CHECK(packed.data != nullptr, InvalidArgument, "linear: the packed weights are null");
@@ -323,8 +323,8 @@ void linear(const TensorView& x_tensor, const PackedView& packed, const TensorVi
   const cuda::FpxTile& tile = cuda::kTiles[plan.tile];
   const cuda::Dim3 grid{blocks(packed.rows, tile.weight_rows()), blocks(x.rows, tile.x_rows),
                         static_cast<unsigned>(plan.splits)};
-  launch_product(kernel_of(element, activations, plan.tile), image_of(element, activations), grid, tile, element.bits,
-                 args, stream);
+  launch_product(kernel_of(element, operand, plan.tile), image_of(element, operand), grid, tile, element.bits, args,
+                 stream);
   if (plan.splits > 1) {
     constexpr unsigned kThreads = 256;
     const cuda::FpxReduceArgs reduce{.partial = args.partial, .splits = plan.splits, .out = args.out};

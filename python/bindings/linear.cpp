@@ -1,6 +1,8 @@
 // Binds narrowgauge/linear.hpp: the call that is made for every layer and token, so the one whose overhead counts.
 #include "narrowgauge/linear.hpp"
 
+#include <nanobind/stl/string_view.h>
+
 #include <memory>
 #include <optional>
 #include <utility>
@@ -87,7 +89,8 @@ bool is_matrix(const TensorView& view) noexcept {
 // linear or its gradient, and what the argument is called.
 struct Product {
   const char* in;
-  void (*on_cpu)(const TensorView& in, const PackedView& weights, const TensorView* bias, const TensorView& out);
+  void (*on_cpu)(const TensorView& in, const PackedView& weights, const TensorView* bias, const TensorView& out,
+                 Activations activations);
   // Null: it has no kernels there.
   void (*on_gpu)(const TensorView& in, const PackedView& weights, const TensorView* bias, const TensorView& out,
                  void* workspace, const Stream& stream);
@@ -101,7 +104,7 @@ int64_t rows_of(const TensorView& view) noexcept {
 
 // Where the weights are; all else must be there too.
 nb::object apply(const Product& product, nb::handle in_object, const PackedMatrix& weights, nb::handle bias_object,
-                 nb::handle out_object, int64_t out_cols) {
+                 nb::handle out_object, int64_t out_cols, Activations activations) {
   const Where where = product.on_gpu != nullptr ? Where::anywhere : Where::host;
   const BorrowedTensor packed(weights.array(), "packed", Access::read, where);
   const Device device = packed.device();
@@ -132,31 +135,32 @@ nb::object apply(const Product& product, nb::handle in_object, const PackedMatri
   const PackedView view = weights.view(packed);
   const TensorView* bias_view = bias ? &bias->view() : nullptr;
   if (!device.is_cpu()) {
+    NG_CHECK(activations == Activations::exact, InvalidArgument, "activations are ", activations_name(activations),
+             " on cuda:", device.gpu, "; expected exact, which is what GPUs have");
     const int64_t bytes =
         linear_workspace_bytes(rows_of(in.view()), weights.format(), weights.rows(), weights.cols(), device.gpu);
     const Workspace workspace(api, bytes, in.stream());
     const nb::gil_scoped_release release;
     product.on_gpu(in.view(), view, bias_view, result, workspace.data(), in.stream());
   } else if (in->numel() * out_cols < kKeepGilBelow) {
-    product.on_cpu(in.view(), view, bias_view, result);
+    product.on_cpu(in.view(), view, bias_view, result, activations);
   } else {
     const nb::gil_scoped_release release;
-    product.on_cpu(in.view(), view, bias_view, result);
+    product.on_cpu(in.view(), view, bias_view, result, activations);
   }
   return allocated ? std::move(allocated->object) : nb::borrow(out_object);
 }
 
 constexpr Product kLinear{
     "x",
-    [](const TensorView& x, const PackedView& weights, const TensorView* bias, const TensorView& y) {
-      linear(x, weights, bias, y, default_executor());
-    },
+    [](const TensorView& x, const PackedView& weights, const TensorView* bias, const TensorView& y,
+       Activations activations) { linear(x, weights, bias, y, default_executor(), activations); },
     [](const TensorView& x, const PackedView& weights, const TensorView* bias, const TensorView& y, void* workspace,
        const Stream& stream) { linear(x, weights, bias, nullptr, y, workspace, stream); }};
 
 constexpr Product kBackward{"dy",
-                            [](const TensorView& dy, const PackedView& weights, const TensorView*,
-                               const TensorView& dx) { linear_backward_input(dy, weights, dx, default_executor()); },
+                            [](const TensorView& dy, const PackedView& weights, const TensorView*, const TensorView& dx,
+                               Activations) { linear_backward_input(dy, weights, dx, default_executor()); },
                             nullptr};
 
 }  // namespace
@@ -164,19 +168,26 @@ constexpr Product kBackward{"dy",
 void bind_linear(nb::module_& module) {
   module.def(
       "linear",
-      [](nb::handle x, const PackedMatrix& weights, nb::handle bias, nb::handle out) {
-        return apply(kLinear, x, weights, bias, out, weights.rows());
+      [](nb::handle x, const PackedMatrix& weights, nb::handle bias, nb::handle out, std::string_view activations) {
+        return apply(kLinear, x, weights, bias, out, weights.rows(), parse_activations(activations));
       },
-      "x"_a, "weights"_a, "bias"_a.none() = nb::none(), "out"_a.none() = nb::none(),
+      "x"_a, "weights"_a, "bias"_a.none() = nb::none(), "out"_a.none() = nb::none(), "activations"_a = "exact",
       "y = x @ w.T + bias, where the weights are; on a GPU in the current stream of x's framework, and nothing waits. "
       "`out` may be left out where x's framework can allocate by DLPack (torch).");
 
   module.def(
       "linear_backward_input",
       [](nb::handle dy, const PackedMatrix& weights, nb::handle out) {
-        return apply(kBackward, dy, weights, nb::none(), out, weights.cols());
+        return apply(kBackward, dy, weights, nb::none(), out, weights.cols(), Activations::exact);
       },
       "dy"_a, "weights"_a, "out"_a.none() = nb::none(), "dx = dy @ w, on the CPU. `out` as for linear.");
+
+  module.def(
+      "check_activations",
+      [](std::string_view activations, const Format& format) {
+        check_activations(parse_activations(activations), format);
+      },
+      "activations"_a, "format"_a, "ValueError unless linear takes them with weights in the Format.");
 
   module.def(
       "is_matrix",

@@ -24,8 +24,8 @@ DType dtype_of(std::string_view name) {
 void bind_linear_plan(nb::module_& module) {
   module.def(
       "cpu_linear_plan",
-      [](int64_t rows, const Format& format, int64_t n, int64_t k) {
-        const CpuLinearPlan plan = cpu_linear_plan(rows, format, n, k);
+      [](int64_t rows, const Format& format, int64_t n, int64_t k, std::string_view activations) {
+        const CpuLinearPlan plan = cpu_linear_plan(rows, format, n, k, parse_activations(activations));
         nb::dict fields;
         fields["isa"] = isa_name(plan.isa);
         fields["direct"] = plan.direct;
@@ -37,7 +37,8 @@ void bind_linear_plan(nb::module_& module) {
         fields["tasks"] = plan.tasks;
         return fields;
       },
-      "rows"_a, "format"_a, "n"_a, "k"_a, "What linear does with x [rows, k] and weights [n, k] on this CPU.");
+      "rows"_a, "format"_a, "n"_a, "k"_a, "activations"_a = "exact",
+      "What linear does with x [rows, k] and weights [n, k] on this CPU.");
 
   module.def(
       "cuda_linear_plan",

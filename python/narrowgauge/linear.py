@@ -33,17 +33,22 @@ def _use_torch() -> None:
     _tensor_type = torch.Tensor
 
 
-def linear(x: Array, q: QTensor, bias: Array | None = None) -> Array:
+def linear(x: Array, q: QTensor, bias: Array | None = None, *, activations: str = "exact") -> Array:
     """y = x @ w.T + bias: x [..., K], q [N, K], bias [N] or None -> y [..., N] in x's dtype.
 
     x and bias: float32, float16 or bfloat16 torch tensors (or numpy arrays; then y is one). x may have any strides.
     Gradients flow to x and bias; the weights are frozen. A canonical q works too, slowly, with a PerformanceWarning.
 
+    activations: "exact" multiplies by x as it is. "int16" and "int8" round every row of x to integers times a step of
+    its own, max |x| / 32512 or / 127, and are faster, where the elements of q are integers times a power of two: intN,
+    uintN, fp4_e2m1, fp5_e2m2, fp6_e2m3 and so on (linear.hpp has them all), on the CPU. The error of y is that of the
+    rounding, at most 0.51 step sum|w|. A row with NaN or infinity gives NaN. Gradients are those of exact activations.
+
     On a GPU, where all three must be (ng.Tensors, torch tensors or others with DLPack; y is an ng.Tensor but for
     torch's): x is float16 or bfloat16, and the work is given to the current stream; nothing waits. There are no
     gradients for x.
 
-    TypeError for a wrong type, ValueError for a wrong shape or device.
+    TypeError for a wrong type, ValueError for a wrong shape, device or activations.
     """
     if (
         type(x) is _tensor_type
@@ -52,13 +57,13 @@ def linear(x: Array, q: QTensor, bias: Array | None = None) -> Array:
         and not x.is_neg()
     ):
         try:
-            return _native.linear(x, q._matrix, bias)  # type: ignore[arg-type]
+            return _native.linear(x, q._matrix, bias, None, activations)  # type: ignore[arg-type]
         except (TypeError, ValueError, RuntimeError, AttributeError):
             pass  # x needs a copy, or something is wrong: below, in order
-    return _linear(x, q, bias)
+    return _linear(x, q, bias, activations)
 
 
-def _linear(x: Array, q: QTensor, bias: Array | None) -> Array:
+def _linear(x: Array, q: QTensor, bias: Array | None, activations: str) -> Array:
     if not isinstance(q, QTensor):
         raise TypeError(f"q is a {type(q).__name__}, expected a QTensor")
     for name, array in (("x", x), ("bias", bias)):
@@ -79,13 +84,13 @@ def _linear(x: Array, q: QTensor, bias: Array | None) -> Array:
         offset = None if bias is None else arrays.source(bias, "bias")
         _check(source, q, offset)
         y = arrays.empty((*source.shape[:-1], q.rows), str(source.dtype))
-        _native.linear(source, q._matrix, offset, y)  # type: ignore[arg-type]
+        _native.linear(source, q._matrix, offset, y, activations)  # type: ignore[arg-type]
         dtype = str(getattr(x, "dtype", None))
         return arrays.cast(y, dtype) if dtype in FLOATS else y
     _check(x, q, bias)
     from narrowgauge import ops
 
-    return ops.linear(x, q.packed, bias, q._name, q.rows, q.cols)
+    return ops.linear(x, q.packed, bias, q._name, q.rows, q.cols, activations)
 
 
 def _device(array: Array, name: str) -> str:

@@ -126,6 +126,7 @@ def quantize_model(
     *,
     skip: Iterable[str] | None = None,
     search: str = "absmax",
+    activations: str = "exact",
     progress: Progress | None = None,
 ) -> QuantizeReport:
     """Swaps the torch.nn.Linear modules of `model` for narrowgauge.nn.Linear, in place, and reports what it did.
@@ -134,6 +135,7 @@ def quantize_model(
     matches counts, and what none matches stays. skip: patterns of modules to leave alone; by default "lm_head",
     unless a pattern other than "*" names it. A linear layer whose weight is tied to an embedding stays in that
     embedding's dtype unless such a pattern names it; then the embedding shares the narrow weight.
+    activations: of all the layers, as for narrowgauge.linear.
     progress(done, total) is called after each weight.
 
     Each original weight is let go once its narrow one is made, so the peak is one layer above the model. Weights are
@@ -141,7 +143,7 @@ def quantize_model(
     owners may read the weight itself.
 
     ValueError, before anything is changed: a model without Linear layers, a pattern or skip entry that matches
-    none, weights with NaN or infinity or not on the CPU.
+    none, weights with NaN or infinity or not on the CPU, a format that the activations do not fit.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     linears = {name: module for name, module in modules.items() if type(module) is torch.nn.Linear}
@@ -179,7 +181,8 @@ def quantize_model(
         if planned[0] != formats[pattern]:
             raise ValueError(f"'{name}' and '{planned[1][0]}' share a weight, but {formats[pattern]} != {planned[0]}")
         planned[1].append(name)
-    for _, names in plan.values():
+    for planned_format, names in plan.values():
+        _native.check_activations(activations, planned_format)
         weight = linears[names[0]].weight
         if weight.device.type != "cpu":
             raise ValueError(f"the weight of '{names[0]}' is on device {weight.device}, expected cpu")
@@ -198,7 +201,7 @@ def quantize_model(
         report.rows.append(_layer_report(names[0], old.weight.detach(), q))
         for name in names:
             old = model.get_submodule(name)
-            _replace(model, name, Linear(q, old.bias).train(old.training))
+            _replace(model, name, Linear(q, old.bias, activations=activations).train(old.training))
         for name in others:
             old = model.get_submodule(name)
             _replace(model, name, Embedding(q, old.weight.dtype, old.padding_idx).train(old.training))
@@ -258,6 +261,7 @@ def save_model(model: torch.nn.Module, directory: str | os.PathLike[str]) -> Pat
     narrow: dict[str, QTensor] = {}
     tied: dict[str, str] = {}
     embeddings: dict[str, str] = {}
+    activations: dict[str, str] = {}
     written: dict[int, str] = {}  # id of the tensor -> its name in the file
     blocks = set()
     for name, module in model.named_modules(remove_duplicate=False):
@@ -267,6 +271,8 @@ def save_model(model: torch.nn.Module, directory: str | os.PathLike[str]) -> Pat
         full = f"{name}.weight" if name else "weight"
         if isinstance(module, Embedding):
             embeddings[full] = str(module.dtype).removeprefix("torch.")
+        elif module.activations != "exact":
+            activations[full] = module.activations
         if (first := written.setdefault(id(module.packed), full)) != full:
             tied[full] = first
             continue
@@ -286,7 +292,9 @@ def save_model(model: torch.nn.Module, directory: str | os.PathLike[str]) -> Pat
         tensors.append((name, _FILE_DTYPES[tensor.dtype], tuple(tensor.shape), data))
     path = Path(directory) / FILE_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
-    _native.write_safetensors(path, tensors, file_metadata(narrow, tied=tied, embeddings=embeddings))
+    _native.write_safetensors(
+        path, tensors, file_metadata(narrow, tied=tied, embeddings=embeddings, activations=activations)
+    )
     return path
 
 
@@ -312,6 +320,7 @@ def load_model(
     file = _native.SafetensorsFile(Path(directory) / FILE_NAME)
     content = read_metadata(file)
     entries, tied, embeddings = content["tensors"], content["tied"], content["embeddings"]
+    activations = content["activations"]
     modules = dict(model.named_modules(remove_duplicate=False))
     targets = dict(_plain(model))
     parts = {f"{name}.{part}" for name in entries for part in ("codes", "scales", "zeros", "global_scale")}
@@ -330,6 +339,10 @@ def load_model(
             raise ValueError(f"'{full}' is {entries[name]['shape']} in {file.path}, but {list(old.weight.shape)} here")
         if embeddings.get(full, FLOATS[0]) not in FLOATS:
             raise FileCorrupt(f"{file.path}: the embedding '{full}' has the unknown dtype {embeddings[full]!r}")
+        try:
+            _native.check_activations(activations.get(full, "exact"), Format(entries[name]["format"]))
+        except ValueError as error:
+            raise ValueError(f"{file.path}: '{full}': {error}") from None
         targets.pop(full, None)
         targets.pop(f"{full.removesuffix('weight')}packed", None)
     for name in plain:
@@ -367,7 +380,7 @@ def load_model(
                 old = modules.pop(path)  # the last reference: what is replaced is let go
                 new: torch.nn.Module
                 if isinstance(old, (torch.nn.Linear, Linear)):
-                    new = Linear(q, old.bias)
+                    new = Linear(q, old.bias, activations=activations.get(full, "exact"))
                 else:
                     yields = old.dtype if isinstance(old, Embedding) else old.weight.dtype
                     yields = getattr(torch, embeddings[full]) if full in embeddings else yields

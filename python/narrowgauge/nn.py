@@ -113,12 +113,15 @@ class Linear(_Narrow):
     """y = x @ weight.T + bias, as torch.nn.Linear, with a narrow weight [out_features, in_features].
 
     weight: a QTensor made from a torch tensor; it is packed, and shared with the caller. bias: [out_features] or None.
+    activations: as for narrowgauge.linear; may be set later. save_model keeps it, state_dict does not.
     """
 
     bias: torch.nn.Parameter | None
 
-    def __init__(self, weight: QTensor, bias: torch.Tensor | None = None) -> None:
+    def __init__(self, weight: QTensor, bias: torch.Tensor | None = None, *, activations: str = "exact") -> None:
         super().__init__(weight)
+        _native.check_activations(activations, weight.format)
+        self.activations = activations
         self.out_features, self.in_features = weight.shape
         if bias is not None and tuple(bias.shape) != (self.out_features,):
             raise ValueError(f"bias has shape {list(bias.shape)}, expected [{self.out_features}]")
@@ -127,20 +130,26 @@ class Linear(_Narrow):
         self.register_parameter("bias", bias)
 
     @classmethod
-    def from_linear(cls, module: torch.nn.Linear, format: Format | str, *, search: str = "absmax") -> Linear:
+    def from_linear(
+        cls, module: torch.nn.Linear, format: Format | str, *, search: str = "absmax", activations: str = "exact"
+    ) -> Linear:
         """Quantizes the weight of `module`; the bias is shared with it."""
-        return cls(quantize(module.weight, format, search=search), module.bias)
+        return cls(quantize(module.weight, format, search=search), module.bias, activations=activations)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if type(x) is torch.Tensor and not torch.compiler.is_dynamo_compiling():
-            return linear(x, self.weight, self._parameters["bias"])  # type: ignore[no-any-return]
+            return linear(  # type: ignore[no-any-return]
+                x, self.weight, self._parameters["bias"], activations=self.activations
+            )
         q = self._q
-        return ops.linear(x, self.packed, self.bias, q._name, q.rows, q.cols)  # type: ignore[no-any-return]
+        return ops.linear(  # type: ignore[no-any-return]
+            x, self.packed, self.bias, q._name, q.rows, q.cols, self.activations
+        )
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"format={self.format}"
+            f"format={self.format}, activations={self.activations}"
         )
 
 

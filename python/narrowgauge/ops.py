@@ -1,13 +1,13 @@
 """The operators registered with torch.library: what torch.compile, export, autograd and functorch see.
 
-    narrowgauge::linear(x, packed, bias, format, n, k)      y = x @ w.T + bias
+    narrowgauge::linear(x, packed, bias, format, n, k, activations="exact")  y = x @ w.T + bias
     narrowgauge::linear_backward(dy, packed, format, n, k)  dx = dy @ w
     narrowgauge::gather(indices, packed, format, n, k, dtype)  rows of w
 
 `packed` is the block of a packed QTensor, `n` and `k` its rows and columns. linear runs on the CPU and on GPUs, x being
-where the block was packed for; the others on the CPU. The block is frozen: no gradient flows to it. torch.vmap over x
-and double backward work; torch.func.grad does not (torch: no autograd registered this way does; use
-torch.autograd.grad). Importing this module imports torch and registers the operators.
+where the block was packed for; the others on the CPU. The block is frozen: no gradient flows to it; gradients are those
+of exact activations. torch.vmap over x and double backward work; torch.func.grad does not (torch: no autograd
+registered this way does; use torch.autograd.grad). Importing this module imports torch and registers the operators.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ library("torch")  # adopts torch's threads
 
 _lib: Any = torch.library.Library("narrowgauge", "DEF")  # type: ignore[no-untyped-call]
 _check: Any = torch._check
-_lib.define("linear(Tensor x, Tensor packed, Tensor? bias, str format, int n, int k) -> Tensor")
+_lib.define(
+    "linear(Tensor x, Tensor packed, Tensor? bias, str format, int n, int k, str activations='exact') -> Tensor"
+)
 _lib.define("linear_backward(Tensor dy, Tensor packed, str format, int n, int k) -> Tensor")
 _lib.define("gather(Tensor indices, Tensor packed, str format, int n, int k, ScalarType dtype) -> Tensor")
 
@@ -40,11 +42,18 @@ def _rows(x: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def _linear(
-    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, format: str, n: int, k: int
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    bias: torch.Tensor | None,
+    format: str,
+    n: int,
+    k: int,
+    activations: str = "exact",
 ) -> torch.Tensor:
     if bias is not None:
         bias = bias.contiguous()
-    return _native.linear(_rows(x, "x"), _matrix(packed, format, n, k), bias)  # type: ignore[no-any-return]
+    matrix = _matrix(packed, format, n, k)
+    return _native.linear(_rows(x, "x"), matrix, bias, None, activations)  # type: ignore[no-any-return]
 
 
 def _linear_backward_cpu(dy: torch.Tensor, packed: torch.Tensor, format: str, n: int, k: int) -> torch.Tensor:
@@ -60,8 +69,15 @@ def _gather_cpu(
 
 
 def _linear_fake(
-    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, format: str, n: int, k: int
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    bias: torch.Tensor | None,
+    format: str,
+    n: int,
+    k: int,
+    activations: str = "exact",
 ) -> torch.Tensor:
+    _native.check_activations(activations, _format(format))
     _check(x.dim() > 0 and x.shape[-1] == k, lambda: f"x has shape {list(x.shape)}, expected [..., {k}]")
     return x.new_empty((*x.shape[:-1], n))
 
@@ -78,7 +94,7 @@ def _gather_fake(
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, packed, bias, *ctx.weights = inputs
+    _, packed, bias, *ctx.weights, _ = inputs
     ctx.save_for_backward(packed)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -90,7 +106,7 @@ def _linear_grad(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
         # Summed in fp32 at least, as a narrow sum over many rows would lose them.
         dbias = dy.sum(tuple(range(dy.dim() - 1)), dtype=torch.float32).to(ctx.bias_dtype)
-    return dx, None, dbias, None, None, None
+    return dx, None, dbias, None, None, None, None
 
 
 def _linear_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -104,10 +120,10 @@ def _linear_backward_grad(ctx: Any, ddx: torch.Tensor) -> tuple[torch.Tensor | N
 
 
 def _linear_vmap(info: Any, in_dims: tuple[Any, ...], x: torch.Tensor, packed: torch.Tensor, *rest: Any) -> Any:
-    bias, format, n, k = rest
+    bias, *weights = rest
     if in_dims[1] is not None or in_dims[2] is not None:
         raise ValueError("vmap over the weights or the bias of narrowgauge::linear is not supported, only over x")
-    return linear(x.movedim(in_dims[0], 0), packed, bias, format, n, k), 0
+    return linear(x.movedim(in_dims[0], 0), packed, bias, *weights), 0
 
 
 for _key in ("CPU", "CUDA"):

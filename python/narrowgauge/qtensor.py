@@ -361,13 +361,15 @@ def read_metadata(file: _native.SafetensorsFile) -> dict[str, Any]:
                 raise TypeError
             if not all(type(length) is int and 0 <= length < 2**62 for length in entry["shape"]):
                 raise TypeError
-        if not all(isinstance(value, str) for value in (*tied.values(), *embeddings.values())):
+        activations = content.get("activations", {})
+        names = (*tied.values(), *embeddings.values(), *activations.values())
+        if not all(isinstance(value, str) for value in names):
             raise TypeError
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise FileCorrupt(f"{file.path}: its metadata entry 'narrowgauge' is not sound: {text[:200]!r}") from None
     if version != _FILE_VERSION:
         raise ValueError(f"{file.path} has version {version!r}, this narrowgauge reads version {_FILE_VERSION}")
-    return {"tensors": entries, "tied": tied, "embeddings": embeddings}
+    return {"tensors": entries, "tied": tied, "embeddings": embeddings, "activations": activations}
 
 
 class FileMatrix(NamedTuple):

@@ -73,6 +73,7 @@ def test_help(run):
         ["bench", "64", "64", "--device", "a100"],
         ["bench", "64", "64", "--explain", "--device", "abacus"],
         ["bench", "64", "64", "--explain", "--dtype", "int3"],
+        ["bench", "64", "64", "--explain", "--device", "a100", "--activations", "int8"],
         ["quantize", "a", "b", "--map", "no-equals-sign"],
         ["quantize", "a", "b", "--scale-search", "best"],
         ["eval", "m", "--text", "t", "--dtype", "int3"],
@@ -301,6 +302,13 @@ def test_bench_explains_the_cpu(run, monkeypatch):
         assert not plan["direct"] and plan["passes"] * plan["pass_rows"] >= 500
         assert plan["tasks"] * plan["task_rows"] >= 4096
         assert plan["seconds"] == plan["bytes"] / 10e9
+    arguments = ["bench", 4096, 4096, 3, "--explain", "--activations", "int8"]
+    code, out, _ = run(*arguments, "--format", "fp6")
+    assert code == 0 and "int8 by int8 in int32" in out and "a tile of 3 rows" in out
+    rounded = json_of(run(*arguments, "--json"))
+    assert rounded["activations"] == "int8" and "fp8_e4m3:row:fp32" not in [each["format"] for each in rounded["plans"]]
+    code, _, err = run(*arguments, "--format", "nf4")
+    assert code == 1 and "activations are int8, but the elements of nf4" in err
     monkeypatch.setattr(doctor, "read_bandwidth", lambda: None)
     assert json_of(run("bench", 64, 64, "--explain", "--json"))["plans"][0]["seconds"] is None
 

@@ -161,6 +161,73 @@ def test_wrong_arguments(q: ng.QTensor) -> None:
         ng.linear(x, x)
 
 
+LIMITS = {"int16": 32512, "int8": 127}
+
+
+def rounded(x: torch.Tensor, activations: str) -> torch.Tensor:
+    """x as activations= says that it is rounded, in float64."""
+    amax = x.float().abs().amax(-1, keepdim=True)
+    limit = torch.full_like(amax, LIMITS[activations])  # torch divides a number by a tensor in two roundings
+    step, inverse = amax / limit, limit / amax
+    return (x.float() * inverse).round().double() * step.double()
+
+
+@pytest.mark.parametrize("activations", LIMITS)
+@pytest.mark.parametrize("format", ["fp6", "int8", "mxfp4", "uint4:g64:bf16"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rounded_activations(activations: str, format: str, dtype: torch.dtype) -> None:
+    q = ng.quantize(torch.randn(72, 200), format).pack()
+    for shape in ((200,), (3, 200), (2, 5, 200)):
+        x, bias = torch.randn(shape).to(dtype), torch.randn(72)
+        y = ng.linear(x, q, bias, activations=activations)
+        assert y.shape == (*shape[:-1], 72) and y.dtype == dtype
+        assert close(y, rounded(x, activations), q, bias)
+        assert not close(y, x, q, bias) or activations == "int16"
+        assert torch.equal(ng.linear(x.expand(2, *shape)[1], q, bias, activations=activations), y)
+        if dtype == torch.float32:
+            assert np.array_equal(ng.linear(x.numpy(), q, bias.numpy(), activations=activations), y.numpy())
+
+
+def test_rounded_activations_are_seen_to_be_wrong() -> None:
+    q = ng.quantize(torch.randn(72, 200), "fp6").pack()
+    x = torch.randn(2, 200)
+    y = ng.linear(x, q, activations="int8")
+    x[1, 199] += x[1].abs().max() / 127
+    assert not close(y, rounded(x, "int8"), q)
+
+
+def test_rounded_activations_keep_nan() -> None:
+    q, x = ng.quantize(torch.randn(16, 64), "int8").pack(), torch.ones(3, 64)
+    x[0, 5], x[2, 63] = float("nan"), float("inf")
+    for activations in LIMITS:
+        y = ng.linear(x, q, activations=activations)
+        assert y[[0, 2]].isnan().all() and y[1].isfinite().all()
+
+
+def test_gradients_are_those_of_exact_activations() -> None:
+    q, x = ng.quantize(torch.randn(16, 64), "fp6").pack(), torch.randn(3, 64, requires_grad=True)
+    upstream = torch.randn(3, 16)
+    grads = []
+    for activations in ("exact", "int8"):
+        ng.linear(x, q, activations=activations).backward(upstream)
+        grads.append(x.grad)
+        x.grad = None
+    assert torch.equal(*grads)
+
+
+def test_wrong_activations() -> None:
+    x = torch.randn(2, 64)
+    with pytest.raises(ValueError, match="activations are 'int4'; expected 'exact', 'int16' or 'int8'"):
+        ng.linear(x, ng.quantize(torch.randn(16, 64), "int8").pack(), activations="int4")
+    for format in ("nf4", "fp8", "fp6_e3m2"):
+        q = ng.quantize(torch.randn(16, 64), format).pack()
+        for array in (x, x.numpy()):
+            with pytest.raises(ValueError, match="activations are int8, but the elements of .*expected intN"):
+                ng.linear(array, q, activations="int8")
+        with pytest.raises(ValueError, match="activations are int16, but"):
+            ng.nn.Linear(q, activations="int16")
+
+
 def test_gradients(q: ng.QTensor) -> None:
     x = torch.randn(3, 4, 200, requires_grad=True)
     bias = torch.randn(72, requires_grad=True)

@@ -296,6 +296,29 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
     fails("model.safetensors", Small(), FileNotFoundError)
 
 
+def test_activations_are_saved(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 32))
+    with pytest.raises(ValueError, match="activations are int8, but the elements of nf4"):
+        ng.quantize_model(model, {"0": "fp6", "1": "nf4"}, activations="int8")
+    assert type(model[0]) is torch.nn.Linear  # nothing was changed
+    ng.quantize_model(model, "fp6", activations="int8")
+    model[1].activations = "exact"
+    path = ng.save_model(model, tmp_path)
+    with torch.device("meta"):
+        fresh = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 32))
+    ng.load_model(tmp_path, fresh)
+    assert [layer.activations for layer in fresh] == ["int8", "exact"]
+    x = torch.randn(3, 32)
+    assert torch.equal(fresh(x), model(x))
+
+    def spoil(content: dict) -> None:
+        content["activations"]["0.weight"] = "int3"
+
+    rewrite(path, spoil)
+    with pytest.raises(ValueError, match="'0.weight': activations are 'int3'"):
+        ng.load_model(tmp_path, fresh)
+
+
 def test_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Small()
     path = ng.save_model(model, tmp_path)

@@ -22,6 +22,7 @@ def test_opcheck_linear(q: ng.QTensor, bias: bool, dtype: torch.dtype) -> None:
     x = torch.randn(2, 3, 96, dtype=dtype, requires_grad=True)
     b = torch.randn(48, dtype=dtype, requires_grad=True) if bias else None
     torch.library.opcheck(ng.ops.linear, (x, q.packed, b, *weights(q)))
+    torch.library.opcheck(ng.ops.linear, (x, q.packed, b, *weights(q), "int8"))
 
 
 def test_opcheck_linear_backward(q: ng.QTensor) -> None:
@@ -39,7 +40,7 @@ def test_compile(q: ng.QTensor, backend: str) -> None:
     bias = torch.randn(48)
 
     def f(x: torch.Tensor) -> torch.Tensor:
-        return torch.relu(ng.linear(x * 2, q, bias)) + 1
+        return torch.relu(ng.linear(x * 2, q, bias)) + ng.linear(x, q, activations="int16")
 
     x = torch.randn(5, 96)
     compiled = torch.compile(f, fullgraph=True, backend=backend)
@@ -82,6 +83,9 @@ def test_fake_tensors(q: ng.QTensor) -> None:
         x = torch.empty(7, 96, dtype=torch.bfloat16)
         y = ng.linear(x, q)
         assert y.shape == (7, 48) and y.dtype == torch.bfloat16
+        assert ng.nn.Linear(q, activations="int8")(x).shape == (7, 48)
+        with pytest.raises(ValueError, match="activations are 'int9'"):
+            ng.linear(x, q, activations="int9")
         assert ng.nn.Embedding(q, torch.float16)(torch.zeros(2, 3, dtype=torch.int64)).shape == (2, 3, 96)
     with pytest.raises(ValueError, match="x has no memory behind it"):
         ng._native.linear(x, q._matrix)

@@ -8,6 +8,8 @@
 // the normal range add half a subnormal of y's type and, per 16 columns, of fp32.
 #pragma once
 
+#include <string_view>
+
 #include "narrowgauge/executor.hpp"
 #include "narrowgauge/quantize.hpp"
 #include "narrowgauge/stream.hpp"
@@ -15,11 +17,30 @@
 
 namespace ng {
 
+// What the arithmetic makes of x.
+//
+//   exact        nothing, as above
+//   int16, int8  every row of x is rounded to integers q times a step of its own, step = max |x| / limit (32512, which
+//                two signed bytes hold; 127), at least 2^-100: x' = q step, |x - x'| <= 0.51 step. With y64 and |x| of
+//                x' the same bound holds. Sums of 256 columns, or of a group if it has fewer, are exact; then four
+//                roundings follow, so that y has the same bits on every CPU, whatever the other rows. A row with NaN
+//                or Inf gives NaN. For Formats whose elements are integers times a power of two (check_activations);
+//                on the CPU only. AVX-512 CPUs run the AVX2 kernels.
+enum class Activations : uint8_t { exact, int16, int8 };
+
+std::string_view activations_name(Activations activations) noexcept;
+// Throws InvalidArgument that names the choices.
+Activations parse_activations(std::string_view name);
+
+// Throws InvalidArgument unless the elements of the Format are such: intN, uintN, fpN_e1mY, fp3_e2m0, fp4_e2m1,
+// fp5_e2m2, fp6_e2m3 and fp7_e2m4, with any group and scale. Anything goes with exact.
+void check_activations(Activations activations, const Format& format);
+
 // x and y: f32, f16 or bf16 with dense rows (leading axes flatten); y may differ from x in type. bias: null, or
 // N elements of f32, f16 or bf16, dense. M = 0 or N = 0 do nothing; K = 0 gives the bias or zeros. x and y must not
-// overlap. Scratch of the calling thread is kept for the next call: at most 96 x K floats.
+// overlap. Scratch of the calling thread is kept for the next call: at most 96 x K floats. Throws InvalidArgument.
 void linear(const TensorView& x, const PackedView& weights, const TensorView* bias, const TensorView& y,
-            Executor& executor);
+            Executor& executor, Activations activations = Activations::exact);
 
 // y = x @ w.T + b + r on the stream's device, by Tensor Cores; within the same bound, to which a residual adds
 // 2^-24 |b|. All pointers are memory of that device: x (f16 or bf16) and y, weights that pack_cuda made (aligned to 128
@@ -35,7 +56,7 @@ void linear(const TensorView& x, const PackedView& weights, const TensorView* bi
 // Bytes for `rows` rows of x on cuda:`device`. Throws CudaError, InvalidArgument.
 int64_t linear_workspace_bytes(int64_t rows, const Format& format, int64_t n, int64_t k, int device);
 
-// dx = dy @ w, the gradient for x: dy [.., N] -> dx [.., K]; types as above.
+// dx = dy @ w, the gradient for x: dy [.., N] -> dx [.., K]; types as above, dy exactly as given.
 void linear_backward_input(const TensorView& dy, const PackedView& weights, const TensorView& dx, Executor& executor);
 
 }  // namespace ng

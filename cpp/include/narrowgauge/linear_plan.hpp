@@ -10,13 +10,15 @@
 #include "narrowgauge/device.hpp"
 #include "narrowgauge/dtype.hpp"
 #include "narrowgauge/format.hpp"
+#include "narrowgauge/linear.hpp"
 
 namespace ng {
 
 // On the CPU. Direct: the weights stream past one tile of x, or two, and are decoded beside the arithmetic. Else panels
-// of weights are decoded into the cache, once for every pass of at most `pass_rows` rows of x.
+// of weights are decoded into the cache, once for every pass of at most `pass_rows` rows of x, and multiplied by tiles
+// of x_rows.
 struct CpuLinearPlan {
-  Isa isa = Isa::portable;
+  Isa isa = Isa::portable;  // of the kernels
   bool direct = false;
   int64_t x_rows = 0;         // of the first tile
   int64_t second_x_rows = 0;  // of the second; 0: there is none
@@ -26,7 +28,8 @@ struct CpuLinearPlan {
   int64_t tasks = 0;
 };
 
-CpuLinearPlan cpu_linear_plan(int64_t rows, const Format& format, int64_t n, int64_t k);
+CpuLinearPlan cpu_linear_plan(int64_t rows, const Format& format, int64_t n, int64_t k,
+                              Activations activations = Activations::exact);
 
 // On a GPU of so many multiprocessors. A block has a tile of rows of x and of the weights, and a range of columns.
 struct CudaLinearPlan {

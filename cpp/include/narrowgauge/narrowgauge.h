@@ -104,6 +104,14 @@ ng_status ng_dequantize(const ng_qtensor* tensor, const ng_tensor* out);
 /* y = x @ w.T + bias: x [.., K], packed weights [N, K], bias null or [N], y [.., N]. x and y must not overlap. */
 ng_status ng_linear(const ng_tensor* x, const ng_qtensor* weights, const ng_tensor* bias, const ng_tensor* y);
 
+/* What the arithmetic makes of x (linear.hpp): every row exactly as given, or rounded to integers times a step of its
+ * own, for formats whose elements are integers times a power of two. */
+typedef enum ng_activations { NG_EXACT = 0, NG_INT16 = 1, NG_INT8 = 2 } ng_activations;
+
+/* ng_linear with rounded activations; `activations` is an ng_activations. */
+ng_status ng_linear_rounded(const ng_tensor* x, const ng_qtensor* weights, const ng_tensor* bias, const ng_tensor* y,
+                            int32_t activations);
+
 /* --- on a GPU ----------------------------------------------------------------------------------------------------
  *
  * Pointers in these are addresses of cuda:`device`, unless the host is named, and work goes to `stream`, a CUstream or

@@ -230,13 +230,21 @@ ng_status ng_dequantize(const ng_qtensor* tensor, const ng_tensor* out) {
 }
 
 ng_status ng_linear(const ng_tensor* x, const ng_qtensor* weights, const ng_tensor* bias, const ng_tensor* y) {
+  return ng_linear_rounded(x, weights, bias, y, NG_EXACT);
+}
+
+ng_status ng_linear_rounded(const ng_tensor* x, const ng_qtensor* weights, const ng_tensor* bias, const ng_tensor* y,
+                            int32_t activations) {
   return guarded([&] {
+    NG_CHECK(activations >= NG_EXACT && activations <= NG_INT8, InvalidArgument, "activations are ", activations,
+             "; expected NG_EXACT, NG_INT16 or NG_INT8");
     const ng::TensorView input = view_of(x, "x");
     const ng::TensorView output = view_of(y, "y");
     const ng::PackedView packed = checked(weights, "weights").tensor.packed_view();
     std::optional<ng::TensorView> bias_view;
     if (bias != nullptr) bias_view = view_of(bias, "bias");
-    ng::linear(input, packed, bias_view ? &*bias_view : nullptr, output, ng::default_executor());
+    ng::linear(input, packed, bias_view ? &*bias_view : nullptr, output, ng::default_executor(),
+               static_cast<ng::Activations>(activations));
   });
 }
 

@@ -14,6 +14,7 @@
 
 #include "../quantize/layout.hpp"
 #include "cpu/kernels.hpp"
+#include "integer.hpp"
 #include "narrowgauge/device.hpp"
 #include "narrowgauge/error.hpp"
 #include "narrowgauge/linear_plan.hpp"
@@ -52,6 +53,7 @@ std::unique_ptr<cpu::ElementTables> make_tables(const Element& element) {
   tables->is_fp = element.kind == ElementKind::fp;
   tables->is_signed = element.kind == ElementKind::signed_int;
   tables->nan_code = std::isnan(values[0x7f]) && element.exponent_bits == 4;
+  fill_integers(element, *tables);
   return tables;
 }
 
@@ -119,7 +121,6 @@ float* scratch(size_t slot, size_t count) {
   return reinterpret_cast<float*>(buffer.data());
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t value, int64_t step) { return ceil_div(value, step) * step; }
 
 // Rows [first, first + rows) of x as floats in tiles: out[tile][padded_cols][tile_rows], missing rows and columns zero.
@@ -160,14 +161,6 @@ void load_tiles(const cpu::LinearKernels& k, const MatrixView& x, cpu::Real type
 
 // The smallest tile of a direct kernel that holds the rows.
 int64_t direct_tile(int64_t rows) { return rows <= 2 ? rows : rows <= 4 ? 4 : 8; }
-
-// How many pieces of work make a task that is worth a hand-over between threads: some microseconds of arithmetic, at
-// the rate of the fastest kernels (a unit takes about 8 ns to decode and 2.5 ns per row of x).
-int64_t task_grain(int64_t units, int64_t rows) {
-  constexpr double kTask = 4000;
-  const double piece = static_cast<double>(std::max<int64_t>(units, 1)) * (8 + 2.5 * static_cast<double>(rows));
-  return std::max<int64_t>(1, static_cast<int64_t>(kTask / piece));
-}
 
 CpuLinearPlan plan_of(const cpu::LinearKernels& k, int64_t rows, const PackedLayout& layout) {
   CpuLinearPlan plan;
@@ -259,16 +252,19 @@ const float* load_bias(const cpu::LinearKernels& k, const TensorView* bias, int6
 
 }  // namespace
 
-CpuLinearPlan cpu_linear_plan(int64_t rows, const Format& format, int64_t n, int64_t k) {
+CpuLinearPlan cpu_linear_plan(int64_t rows, const Format& format, int64_t n, int64_t k, Activations activations) {
   NG_CHECK(rows > 0 && n > 0 && k > 0, InvalidArgument, "a product of [", rows, ", ", k, "] by [", n, ", ", k,
            "]; expected sizes of at least 1");
-  CpuLinearPlan plan = plan_of(kernels(), rows, PackedLayout(format, n, k));
+  check_activations(activations, format);
+  const PackedLayout layout(format, n, k);
+  if (activations != Activations::exact) return integer_plan(rows, layout);
+  CpuLinearPlan plan = plan_of(kernels(), rows, layout);
   plan.isa = isa();
   return plan;
 }
 
 void linear(const TensorView& x_tensor, const PackedView& packed, const TensorView* bias_tensor,
-            const TensorView& y_tensor, Executor& executor) {
+            const TensorView& y_tensor, Executor& executor, Activations activations) {
   const MatrixView x = as_matrix(x_tensor, "x");
   const MatrixView y = as_matrix(y_tensor, "y");
   const cpu::Real x_type = real_type(x.dtype, "x");
@@ -277,12 +273,18 @@ void linear(const TensorView& x_tensor, const PackedView& packed, const TensorVi
            packed.cols, "] for weights [", packed.rows, ", ", packed.cols, "]");
   NG_CHECK(y.rows == x.rows && y.cols == packed.rows, InvalidArgument, "y has shape ", y_tensor.shape_str(),
            "; expected [", x.rows, ", ", packed.rows, "]");
+  check_activations(activations, packed.format);
   const PackedLayout layout(packed.format, packed.rows, packed.cols);
   const cpu::LinearKernels& k = kernels();
   const float* bias = load_bias(k, bias_tensor, packed.rows);
   if (x.rows == 0 || packed.rows == 0) return;
 
   const cpu::Weights w = weights_of(packed, layout);
+  if (activations != Activations::exact) {
+    const IntegerRowsOf rows{x, x_type, k.load_row, activations == Activations::int16};
+    integer_linear(rows, w, unit_order(packed.format.element), output_rows(y, y_type, bias, 0), executor);
+    return;
+  }
   const cpu::DecodedKernels decoded = k.decoded(*w.tables, w.zeros != nullptr);
   const int64_t padded_cols = layout.units * 16;
 

@@ -46,8 +46,9 @@ def command(
     m: Annotated[int, typer.Argument(min=1, help="Rows of the activations (tokens).")] = 1,
     format: Annotated[list[str] | None, typer.Option(help="A format; may be given several times.")] = None,
     dtype: Annotated[
-        str, typer.Option(help="Activations of the narrow layers: float32 or bfloat16; for --explain also float16.")
+        str, typer.Option(help="Type of x for the narrow layers: float32 or bfloat16; for --explain also float16.")
     ] = "bfloat16",
+    activations: Annotated[str, typer.Option(help="exact, or rounded row by row: int16 or int8.")] = "exact",
     rotate: Annotated[int, typer.Option(min=1, help="MB of weights to go through per contender.")] = 256,
     seconds: Annotated[float, typer.Option(min=0.1, help="How long to measure.")] = 10.0,
     png: Annotated[Path | None, typer.Option(help="Write a bar chart here.")] = None,
@@ -60,21 +61,24 @@ def command(
 
     output = Output(json)
     if explain:
-        _explain(output, n, k, m, format or _FORMATS, device, dtype)
+        _explain(output, n, k, m, format or _formats(activations), device, dtype, activations)
         return
     if device != "cpu":
         raise typer.BadParameter(f"'{device}' is for --explain; bench/gpu.py of the sources times GPUs")
     torch = require("torch", "torch")
     if png is not None:
         require("matplotlib", "demo")
-    activations = parse_dtype(dtype)
+    x_dtype = parse_dtype(dtype)
+    formats = format or _formats(activations)
+    for each in formats:
+        _native.check_activations(activations, ng.Format(each))
     torch.manual_seed(0)
     weight = torch.randn(n, k)
     x = torch.randn(m, k)
     with torch.inference_mode(), output.progress() as progress:
         task = progress.add_task("preparing", total=None)
         contenders = [_torch(weight, x, name, rotate) for name in ("float32", "bfloat16")]
-        contenders += [_narrow(weight, x.to(activations), name, rotate) for name in format or _FORMATS]
+        contenders += [_narrow(weight, x.to(x_dtype), name, rotate, activations) for name in formats]
         progress.update(task, description="measuring")
         timings = measure(contenders, seconds)
 
@@ -91,7 +95,8 @@ def command(
         ]
         for timing in timings
     ]
-    title = f"N={n} K={k} M={m}, {_native.threads()} threads, {_native.isa()}, weights from memory, narrow x {dtype}"
+    machine = f"{_native.threads()} threads, {_native.isa()}"
+    title = f"N={n} K={k} M={m}, {machine}, weights from memory, narrow x {dtype} {activations}"
     columns = ["weights", ">bytes", ">median us", ">p10 us", ">GB/s", ">of the read limit", ">vs better torch"]
     output.result(
         {
@@ -101,7 +106,8 @@ def command(
             "threads": _native.threads(),
             "isa": _native.isa(),
             "cpu": _native.cpu_name(),
-            "activations": dtype,
+            "x": dtype,
+            "activations": activations,
             "rows": [{**timing._asdict(), "speedup": best / timing.median} for timing in timings],
         },
         table(columns, rows, title),
@@ -111,15 +117,25 @@ def command(
         output.note(f"wrote {png}")
 
 
-def _explain(output: Output, n: int, k: int, m: int, formats: Sequence[str], device: str, dtype: str) -> None:
+def _formats(activations: str) -> list[str]:
+    """Those of _FORMATS that take the activations. ValueError if these are none at all."""
+    _native.check_activations(activations, ng.int8)
+    return [each for each in _FORMATS if activations == "exact" or each != "fp8"]
+
+
+def _explain(
+    output: Output, n: int, k: int, m: int, formats: Sequence[str], device: str, dtype: str, activations: str
+) -> None:
     from narrowgauge.cli.explain import explain
 
     if dtype not in ("float32", "float16", "bfloat16"):
         raise typer.BadParameter(f"{dtype!r}; expected float32, float16 or bfloat16", param_hint="--dtype")
-    plans = [explain(n, k, m, format, device, dtype) for format in formats]
-    title = f"N={n} K={k} M={m}, x {dtype}"
+    if activations != "exact" and device != "cpu":
+        raise typer.BadParameter(f"{activations!r} on {device}; expected exact", param_hint="--activations")
+    plans = [explain(n, k, m, format, device, dtype, activations) for format in formats]
+    title = f"N={n} K={k} M={m}, x {dtype} {activations}"
     output.result(
-        {"n": n, "k": k, "m": m, "activations": dtype, "plans": [values for values, _ in plans]},
+        {"n": n, "k": k, "m": m, "x": dtype, "activations": activations, "plans": [values for values, _ in plans]},
         *(table([values["format"], "", "why"], facts, title) for values, facts in plans),
     )
 
@@ -167,7 +183,7 @@ def _torch(weight: Any, x: Any, dtype: str, rotate: int) -> Contender:
     )
 
 
-def _narrow(weight: Any, x: Any, format: str, rotate: int) -> Contender:
+def _narrow(weight: Any, x: Any, format: str, rotate: int, activations: str) -> Contender:
     import copy
 
     q = ng.quantize(weight, format).pack()
@@ -175,7 +191,7 @@ def _narrow(weight: Any, x: Any, format: str, rotate: int) -> Contender:
     return Contender(
         str(q.format),
         q.nbytes,
-        lambda i: ng.linear(x, weights[i]),
+        lambda i: ng.linear(x, weights[i], activations=activations),
         lambda i: _native.stream_read(weights[i].packed),
         len(weights),
     )

@@ -19,14 +19,18 @@ from narrowgauge.cli.roofline import GPUS, Gpu, Work, estimate
 Facts = list[tuple[str, str, str]]  # what, how much, why
 
 
-def explain(n: int, k: int, m: int, format: str, device: str, x: str) -> tuple[dict[str, Any], Facts]:
+def explain(
+    n: int, k: int, m: int, format: str, device: str, x: str, activations: str = "exact"
+) -> tuple[dict[str, Any], Facts]:
     """The plan for x [m, k], of type `x`, and weights [n, k] as values for --json and as facts to show.
 
     device: "cpu", "cuda", "cuda:i", or the name of a GPU in roofline.GPUS. typer.BadParameter if it is none of them.
+    activations: as for narrowgauge.linear, on the CPU.
     """
     parsed = ng.Format(format)
     traffic = traffic_of(parsed, n, k, m, x)
-    how = _cpu(m, parsed, n, k, traffic) if device == "cpu" else _gpu(m, parsed, n, k, traffic, device, x)
+    on_cpu = device == "cpu"
+    how = _cpu(m, parsed, n, k, traffic, activations) if on_cpu else _gpu(m, parsed, n, k, traffic, device, x)
     time = "-" if how.seconds is None else f"at least {1e6 * how.seconds:.1f} us"
     facts = [*how.facts, ("bytes", human_bytes(int(traffic)), "weights, x and y, each once"), ("time", time, how.why)]
     values = {"format": str(parsed), "device": device, **how.plan, "bytes": traffic, "seconds": how.seconds}
@@ -59,20 +63,28 @@ def work_of(plan: dict[str, Any], traffic: float) -> Work:
     )
 
 
-def _cpu(m: int, format: ng.Format, n: int, k: int, traffic: float) -> _How:
+def _cpu(m: int, format: ng.Format, n: int, k: int, traffic: float, activations: str) -> _How:
     from narrowgauge.cli.doctor import read_bandwidth
 
-    plan = _native.cpu_linear_plan(m, format, n, k)
+    plan = _native.cpu_linear_plan(m, format, n, k, activations)
     threads = _native.threads()
-    if plan["direct"]:
+    if activations == "exact":
+        sums = ("arithmetic", "fma in fp32", "activations stay as they are")
+    else:
+        sums = ("arithmetic", f"{activations} by int8 in int32", f"{format.element} is an integer times a power of two")
+    if activations != "exact" and plan["direct"]:
+        way = ("kernel", "direct", "M rows fit in a tile: weights are decoded beside the arithmetic")
+        tile = ("x", f"a tile of {plan['x_rows']} rows", "all of them")
+    elif plan["direct"]:
         tiles = [plan["x_rows"], plan["second_x_rows"]] if plan["second_x_rows"] else [plan["x_rows"]]
         way = ("kernel", "direct", "M rows fit in two tiles: weights are decoded beside the arithmetic")
         tile = ("x", f"tiles of {' + '.join(map(str, tiles))} rows", "the smallest tiles that hold them")
     else:
-        way = ("kernel", "panels", "M rows do not fit in two tiles: weights are decoded into the cache once a pass")
+        way = ("kernel", "panels", "M rows do not fit in tiles: weights are decoded into the cache once a pass")
         tile = ("x", f"{plan['pass_rows']} rows a pass, in tiles of {plan['x_rows']}", "what the scratch holds")
     facts = [
         ("instruction set", plan["isa"], "narrowgauge doctor says why"),
+        sums,
         way,
         tile,
         ("passes", str(plan["passes"]), "over the weights in memory"),

@@ -100,6 +100,14 @@ TEST_F(CApi, LinearEqualsTheCxxCall) {
   ng::linear(ng::TensorView(x.data(), ng::DType::f32, {batch, kCols}), packed.packed_view(), &cxx_bias,
              ng::TensorView(expected.data(), ng::DType::f32, {batch, kRows}), ng::default_executor());
   EXPECT_EQ(y, expected);
+
+  ASSERT_EQ(ng_linear_rounded(&x_view, q_, &bias_view, &y_view, NG_INT8), NG_OK) << ng_last_error();
+  EXPECT_NE(y, expected);
+  ng::linear(ng::TensorView(x.data(), ng::DType::f32, {batch, kCols}), packed.packed_view(), &cxx_bias,
+             ng::TensorView(expected.data(), ng::DType::f32, {batch, kRows}), ng::default_executor(),
+             ng::Activations::int8);
+  EXPECT_EQ(y, expected);
+  EXPECT_EQ(ng_linear_rounded(&x_view, q_, &bias_view, &y_view, 3), NG_INVALID_ARGUMENT);
 }
 
 TEST_F(CApi, StridesAreElements) {

@@ -6,112 +6,20 @@
 
 #include "narrowgauge/error.hpp"
 #include "reference.hpp"
+#include "rows.hpp"
 
 namespace ng {
 namespace {
 
 using test::IsaGuard;
 using test::Matrix;
-
-Buffer packed_copy(Matrix& matrix) {
-  Buffer packed(static_cast<size_t>(packed_bytes(matrix.format, matrix.rows, matrix.cols)));
-  pack(matrix.view(), reinterpret_cast<uint8_t*>(packed.data()), default_executor());
-  return packed;
-}
-
-PackedView view_of(const Matrix& matrix, const Buffer& packed) {
-  return {matrix.format, matrix.rows, matrix.cols, reinterpret_cast<const uint8_t*>(packed.data())};
-}
-
-// Activations in their own type, with the doubles that they stand for.
-struct Activations {
-  DType dtype;
-  int64_t rows, cols;
-  std::vector<std::byte> bytes;
-  std::vector<double> values;
-
-  Activations(DType type, int64_t r, int64_t c) : dtype(type), rows(r), cols(c) {
-    bytes.resize(static_cast<size_t>(r * c) * dtype_bytes(type));
-    values.resize(static_cast<size_t>(r * c));
-  }
-  void set(int64_t row, int64_t col, float value) {
-    const auto at = static_cast<size_t>(row * cols + col);
-    switch (dtype) {
-      case DType::f32: std::memcpy(&bytes[at * 4], &value, 4); break;
-      case DType::f16: {
-        const f16 narrow = to_f16(value);
-        std::memcpy(&bytes[at * 2], &narrow, 2);
-        value = to_float(narrow);
-        break;
-      }
-      default: {
-        const bf16 narrow = to_bf16(value);
-        std::memcpy(&bytes[at * 2], &narrow, 2);
-        value = to_float(narrow);
-      }
-    }
-    values[at] = static_cast<double>(value);
-  }
-  double read(int64_t row, int64_t col) const {
-    const auto at = static_cast<size_t>(row * cols + col);
-    if (dtype == DType::f32) {
-      float value = 0;
-      std::memcpy(&value, &bytes[at * 4], 4);
-      return static_cast<double>(value);
-    }
-    uint16_t bits = 0;
-    std::memcpy(&bits, &bytes[at * 2], 2);
-    return static_cast<double>(dtype == DType::f16 ? to_float(f16{bits}) : to_float(bf16{bits}));
-  }
-  TensorView view() { return {bytes.data(), dtype, {rows, cols}}; }
-};
-
-Activations random_activations(DType dtype, int64_t rows, int64_t cols, std::mt19937& random, float scale = 1.0f) {
-  Activations x(dtype, rows, cols);
-  std::normal_distribution<float> normal(0.0f, scale);
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t col = 0; col < cols; ++col) x.set(row, col, normal(random));
-  }
-  return x;
-}
-
-// The effective scale of every weight.
-std::vector<double> scales_of(const Matrix& w) {
-  std::vector<double> scales;
-  for (int64_t row = 0; row < w.rows; ++row) {
-    for (int64_t col = 0; col < w.cols; ++col) scales.push_back(static_cast<double>(w.scale(row, col)));
-  }
-  return scales;
-}
-
-// Largest error over tolerance.
-double worst_ratio(const Matrix& w, const Activations& x, const Activations& y, const std::vector<float>& bias) {
-  const std::vector<double> weights = w.weights();
-  const std::vector<double> scales = scales_of(w);
-  double worst = 0;
-  for (int64_t m = 0; m < x.rows; ++m) {
-    for (int64_t n = 0; n < w.rows; ++n) {
-      const double b = bias.empty() ? 0.0 : static_cast<double>(bias[static_cast<size_t>(n)]);
-      const test::Bound bound = test::linear_bound(weights.data() + n * w.cols, scales.data() + n * w.cols,
-                                                   x.values.data() + m * x.cols, w.cols, b, y.dtype);
-      const double error = std::abs(y.read(m, n) - bound.y64);
-      worst = std::max(worst, error == 0 ? 0.0 : error / bound.tolerance);
-      if (std::isnan(error)) return std::numeric_limits<double>::infinity();
-    }
-  }
-  return worst;
-}
-
-Activations run(Matrix& w, Activations& x, const std::vector<float>& bias, DType y_type) {
-  const Buffer packed = packed_copy(w);
-  Activations y(y_type, x.rows, w.rows);
-  TensorView bias_view;
-  if (!bias.empty()) {
-    bias_view = TensorView(const_cast<float*>(bias.data()), DType::f32, {static_cast<int64_t>(bias.size())});
-  }
-  linear(x.view(), view_of(w, packed), bias.empty() ? nullptr : &bias_view, y.view(), default_executor());
-  return y;
-}
+using test::packed_copy;
+using test::random_activations;
+using test::Rows;
+using test::run;
+using test::scales_of;
+using test::view_of;
+using test::worst_ratio;
 
 class LinearTest : public testing::TestWithParam<std::tuple<Isa, std::string>> {};
 
@@ -130,8 +38,8 @@ TEST_P(LinearTest, MeetsTheBoundForEveryTile) {
     for (const int64_t m : {1, 2, 3, 4, 5, 8, 9, 16, 17, 100}) {
       if (m > 17 && n != 19) continue;  // more than one pass over the rows
       for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
-        Activations x = random_activations(dtype, m, k, random);
-        const Activations y = run(w, x, m % 2 == 0 ? bias : std::vector<float>{}, dtype);
+        Rows x = random_activations(dtype, m, k, random);
+        const Rows y = run(w, x, m % 2 == 0 ? bias : std::vector<float>{}, dtype);
         EXPECT_LE(worst_ratio(w, x, y, m % 2 == 0 ? bias : std::vector<float>{}), 1.0)
             << format.str() << " M=" << m << " N=" << n << " K=" << k << " " << dtype_name(dtype);
       }
@@ -149,8 +57,8 @@ TEST_P(LinearTest, GradientMatchesFloat64) {
     const Buffer packed = packed_copy(w);
     const std::vector<double> weights = w.weights();
     for (const int64_t m : {1, 9}) {
-      Activations dy = random_activations(DType::f32, m, n, random);
-      Activations dx(DType::f32, m, k);
+      Rows dy = random_activations(DType::f32, m, n, random);
+      Rows dx(DType::f32, m, k);
       linear_backward_input(dy.view(), view_of(w, packed), dx.view(), default_executor());
       for (int64_t i = 0; i < m; ++i) {
         for (int64_t col = 0; col < k; ++col) {
@@ -240,11 +148,11 @@ TEST_P(LinearIsaTest, BoundHoldsForSystematicRounding) {
       }
       for (const int64_t m : {1, 2, 4, 8, 24}) {
         for (const float value : {1.0f / 3.0f, 0.7f, 1.0000001f}) {
-          Activations x(DType::f32, m, k);
+          Rows x(DType::f32, m, k);
           for (int64_t i = 0; i < m; ++i) {
             for (int64_t col = 0; col < k; ++col) x.set(i, col, value * static_cast<float>(i + 1));
           }
-          const Activations y = run(w, x, {}, DType::f32);
+          const Rows y = run(w, x, {}, DType::f32);
           EXPECT_LE(worst_ratio(w, x, y, {}), 1.0) << name << " M=" << m << " K=" << k << " x=" << value;
         }
       }
@@ -261,8 +169,8 @@ TEST_P(LinearIsaTest, BoundHoldsForExtremeScalesAndSubnormals) {
       for (const float size : {1e-38f, 1e-20f, 1.0f}) {
         Matrix w = test::random_matrix(Format::parse(name), 18, 70, random, scale);
         for (const int64_t m : {1, 17}) {
-          Activations x = random_activations(DType::f32, m, 70, random, size);
-          const Activations y = run(w, x, {}, DType::f32);
+          Rows x = random_activations(DType::f32, m, 70, random, size);
+          const Rows y = run(w, x, {}, DType::f32);
           EXPECT_LE(worst_ratio(w, x, y, {}), 1.0) << name << " scale " << scale << " x " << size << " M=" << m;
         }
       }
@@ -279,7 +187,7 @@ TEST_P(LinearIsaTest, PlantedFaultsBreakTheBound) {
     const int64_t n = 33;
     const int64_t k = 203;
     Matrix w = test::random_matrix(format, n, k, random);
-    Activations x = random_activations(DType::f32, m, k, random);
+    Rows x = random_activations(DType::f32, m, k, random);
     ASSERT_LE(worst_ratio(w, x, run(w, x, {}, DType::f32), {}), 1.0);
 
     Matrix one_code = w;
@@ -296,8 +204,8 @@ TEST_P(LinearIsaTest, PlantedFaultsBreakTheBound) {
     EXPECT_GT(worst_ratio(w, x, run(swapped, x, {}, DType::f32), {}), 1.0) << "two scales swapped";
 
     // The lowest of three bf16 terms of the activations left out, where it always has the product's sign.
-    Activations all_terms(DType::f32, m, k);
-    Activations two_terms(DType::f32, m, k);
+    Rows all_terms(DType::f32, m, k);
+    Rows two_terms(DType::f32, m, k);
     for (int64_t i = 0; i < m; ++i) {
       for (int64_t col = 0; col < k; ++col) {
         const float sign = w.weight(2, col) < 0 ? -1.0f : 1.0f;
@@ -317,15 +225,15 @@ TEST_P(LinearIsaTest, NanCodesAndScalesArrive) {
       Matrix w = test::random_matrix(Format::parse("fp8_e4m3:g32:e8m0"), 20, 64, random);
       w.set_code(5, 33, code);
       w.scales[w.group_index(7, 0)] = 255;  // e8m0 NaN
-      Activations x = random_activations(DType::f32, m, 64, random);
-      const Activations y = run(w, x, {}, DType::f32);
+      Rows x = random_activations(DType::f32, m, 64, random);
+      const Rows y = run(w, x, {}, DType::f32);
       for (int64_t n = 0; n < 20; ++n) EXPECT_EQ(std::isnan(y.read(0, n)), n == 5 || n == 7) << n;
     }
     Matrix w = test::random_matrix(Format::parse("fp8_e5m2:row:fp32"), 20, 64, random);
     w.set_code(2, 3, 0x7c);  // +Inf
     w.set_code(4, 3, 0x7d);  // NaN
-    Activations x = random_activations(DType::f32, m, 64, random);
-    const Activations y = run(w, x, {}, DType::f32);
+    Rows x = random_activations(DType::f32, m, 64, random);
+    const Rows y = run(w, x, {}, DType::f32);
     EXPECT_TRUE(std::isinf(y.read(0, 2)));
     EXPECT_TRUE(std::isnan(y.read(0, 4)));
     EXPECT_TRUE(std::isfinite(y.read(0, 3)));
@@ -338,10 +246,10 @@ TEST_P(LinearIsaTest, StridedRowsAndOtherOutputTypes) {
   Matrix w = test::random_matrix(Format::parse("fp6_e2m3:g32:fp16"), 20, 40, random);
   const Buffer packed = packed_copy(w);
   for (const int64_t m : {3, 11, 18}) {
-    Activations wide = random_activations(DType::bf16, m, 64, random);
+    Rows wide = random_activations(DType::bf16, m, 64, random);
     TensorView x = wide.view();
     x.shape[1] = 40;  // rows of 40 in a matrix of 64
-    Activations y_wide(DType::f32, m, 32);
+    Rows y_wide(DType::f32, m, 32);
     TensorView y = y_wide.view();
     y.shape[1] = 20;
     linear(x, view_of(w, packed), nullptr, y, default_executor());
@@ -363,18 +271,18 @@ TEST(Linear, EmptyShapes) {
   const Format format = Format::parse("fp6");
   {
     Matrix w = test::random_matrix(format, 4, 8, random);
-    Activations x(DType::f32, 0, 8);
+    Rows x(DType::f32, 0, 8);
     EXPECT_NO_THROW(run(w, x, {}, DType::f32));
   }
   {
     Matrix w(format, 0, 8);
-    Activations x(DType::f32, 3, 8);
+    Rows x(DType::f32, 3, 8);
     EXPECT_NO_THROW(run(w, x, {}, DType::f32));
   }
   for (const int64_t m : {2, 10, 20}) {
     Matrix w(format, 3, 0);
-    Activations x(DType::f32, m, 0);
-    const Activations with_bias = run(w, x, {1.0f, 2.0f, 3.0f}, DType::f32);
+    Rows x(DType::f32, m, 0);
+    const Rows with_bias = run(w, x, {1.0f, 2.0f, 3.0f}, DType::f32);
     EXPECT_EQ(with_bias.read(1, 2), 3.0);
     EXPECT_EQ(run(w, x, {}, DType::f32).read(1, 2), 0.0);
   }

@@ -86,6 +86,9 @@ inline __m256i select(__m256i mask, __m256i a, __m256i b) {
   return _mm256_or_si256(_mm256_and_si256(mask, a), _mm256_andnot_si256(mask, b));
 }
 
+// A table of 16 bytes for look-ups by the low bits of bytes below 128.
+inline __m256i load_table(const uint8_t* entries) { return _mm256_broadcastsi128_si256(load_128(entries)); }
+
 // 2 to 4 bits: a look-up in eight floats, which reads three index bits, and for 4 bits a second one chosen by the
 // fourth bit. The table repeats, so bits above the code's need no mask.
 template <int kBits>
@@ -123,6 +126,35 @@ struct NibbleDecoder {
   }
 };
 
+// int4 and uint4: looked up as bytes, four columns of a row to a lane, each of which is shifted to the top and back.
+struct NibbleIntDecoder {
+  static constexpr bool kUnsigned = true;
+  __m256i table;
+
+  explicit NibbleIntDecoder(const ElementTables& tables) {
+    alignas(16) uint8_t bytes[16];
+    for (int i = 0; i < 16; ++i) bytes[i] = static_cast<uint8_t>(static_cast<int8_t>(tables.value[i]));
+    table = load_table(bytes);
+  }
+
+  template <int K>
+  __m256 half(const uint8_t* unit, int row) const {
+    constexpr int kByte = K % 2 * 2 + K % 8 / 4;
+    __m256i codes = shift_words<-4 * (K / 2 % 2)>(load_256(unit + K / 8 * 64 + row * 4));
+    codes = _mm256_and_si256(codes, _mm256_set1_epi8(15));
+    const __m256i values = _mm256_shuffle_epi8(table, codes);
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(shift_lanes<24 - 8 * kByte>(values), 24));
+  }
+
+  template <int Q>
+  void decode(const uint8_t* unit, V16* out) const {
+    out[0] = {half<4 * Q>(unit, 0), half<4 * Q>(unit, 8)};
+    out[1] = {half<4 * Q + 1>(unit, 0), half<4 * Q + 1>(unit, 8)};
+    out[2] = {half<4 * Q + 2>(unit, 0), half<4 * Q + 2>(unit, 8)};
+    out[3] = {half<4 * Q + 3>(unit, 0), half<4 * Q + 3>(unit, 8)};
+  }
+};
+
 // Register Q of a pair unit: 32 of its 64 codes, rows 0..7 (side 0) or 8..15 (side 1). Bits above the code's are junk.
 template <int kBits, int Q>
 inline __m256i pair_codes(const uint8_t* unit, int side) {
@@ -148,7 +180,58 @@ inline __m256i pair_words(__m256i codes, int half) {
   return shift_words<8 - kBits>(words);
 }
 
-// fp of 5 to 8 bits whose exponents a half has: the code's fields are moved into those of a half, which the hardware
+// fp of 5 and 6 bits: both bytes of the value as bf16, which holds it, are looked up by the magnitude.
+template <int kBits>
+struct TableDecoder {
+  static constexpr bool kUnsigned = false;
+  static constexpr int kTables = kBits - 4;
+  __m256i low[kTables];
+  __m256i high[kTables];
+
+  explicit TableDecoder(const ElementTables& tables) {
+    for (int i = 0; i < kTables; ++i) {
+      low[i] = load_table(tables.low + 16 * i);
+      high[i] = load_table(tables.high + 16 * i);
+    }
+  }
+
+  template <int Q>
+  void half(const uint8_t* unit, int side, __m256 (&columns)[4]) const {
+    __m256i codes = shift_words<-4 * (Q % 2)>(load_256(unit + Q / 2 * 64 + side * 32));
+    codes = _mm256_and_si256(codes, _mm256_set1_epi8(15));
+    __m256i lower = _mm256_shuffle_epi8(low[0], codes);
+    __m256i upper = _mm256_shuffle_epi8(high[0], codes);
+    __m256i sign;
+    if constexpr (kBits == 5) {
+      const __m256i plane = load_256(unit + 128);
+      sign = shift_words<7 - Q>(side == 0 ? plane : _mm256_srli_epi16(plane, 4));
+    } else {
+      // A blend looks at the last bit of a byte: the magnitude's, and then the sign.
+      const __m256i rest = load_256(unit + 128 + side * 32);
+      const __m256i top = shift_words<7 - 2 * Q>(rest);
+      lower = _mm256_blendv_epi8(lower, _mm256_shuffle_epi8(low[1], codes), top);
+      upper = _mm256_blendv_epi8(upper, _mm256_shuffle_epi8(high[1], codes), top);
+      sign = shift_words<6 - 2 * Q>(rest);
+    }
+    upper = _mm256_or_si256(upper, _mm256_and_si256(sign, _mm256_set1_epi8(-128)));
+    const __m256i pairs[2] = {_mm256_unpacklo_epi8(lower, upper), _mm256_unpackhi_epi8(lower, upper)};
+    for (int i = 0; i < 2; ++i) {
+      columns[2 * i] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs[i], 16));
+      columns[2 * i + 1] = _mm256_castsi256_ps(_mm256_and_si256(pairs[i], _mm256_set1_epi32(-65536)));
+    }
+  }
+
+  template <int Q>
+  void decode(const uint8_t* unit, V16* out) const {
+    __m256 lo[4];
+    __m256 hi[4];
+    half<Q>(unit, 0, lo);
+    half<Q>(unit, 1, hi);
+    for (int j = 0; j < 4; ++j) out[j] = {lo[j], hi[j]};
+  }
+};
+
+// fp of 7 and 8 bits whose exponents a half has: the code's fields are moved into those of a half, which the hardware
 // converts exactly, subnormals included, and the difference of the biases is a power of two.
 template <int kBits, bool kNanCode>
 struct HalfDecoder {
@@ -241,8 +324,7 @@ struct QuadDecoder {
   }
 };
 
-// fp with more exponents than a half (fp6_e5m0, fp7_e5m1, fp7_e6m0, fp8_e6m1, fp8_e7m0): rare, so looked up code by
-// code.
+// fp with more exponents than a half (fp7_e5m1, fp7_e6m0, fp8_e6m1, fp8_e7m0): rare, so looked up code by code.
 template <int kBits>
 struct LookupDecoder {
   static constexpr bool kUnsigned = false;
@@ -267,15 +349,17 @@ struct LookupDecoder {
 template <int kBits, typename Use>
 void find_pair_decoder(const ElementTables& tables, Use use) {
   if (tables.is_fp) {
-    if constexpr (kBits >= 6) {
+    if constexpr (kBits <= 6) {
+      return use(Tag<TableDecoder<kBits>>{});
+    } else {
       // A half's largest exponent means infinity and NaN, as it does in fp8_e5m2 but in no other element.
       const int half_exponents = kBits == 8 ? 5 : 4;
       if (tables.exponent_bits > half_exponents) return use(Tag<LookupDecoder<kBits>>{});
+      if constexpr (kBits == 8) {
+        if (tables.nan_code) return use(Tag<HalfDecoder<kBits, true>>{});
+      }
+      return use(Tag<HalfDecoder<kBits, false>>{});
     }
-    if constexpr (kBits == 8) {
-      if (tables.nan_code) return use(Tag<HalfDecoder<kBits, true>>{});
-    }
-    return use(Tag<HalfDecoder<kBits, false>>{});
   }
   if constexpr (kBits < 8) {
     if (tables.is_signed) return use(Tag<IntDecoder<kBits, true>>{});
@@ -288,7 +372,9 @@ void find_decoder(const ElementTables& tables, Use use) {
   switch (tables.bits) {
     case 2: return use(Tag<NibbleDecoder<2>>{});
     case 3: return use(Tag<NibbleDecoder<3>>{});
-    case 4: return use(Tag<NibbleDecoder<4>>{});
+    case 4:
+      if (!tables.is_fp && tables.integer_step == 1) return use(Tag<NibbleIntDecoder>{});
+      return use(Tag<NibbleDecoder<4>>{});
     case 5: return find_pair_decoder<5>(tables, use);
     case 6: return find_pair_decoder<6>(tables, use);
     case 7: return find_pair_decoder<7>(tables, use);
@@ -301,8 +387,12 @@ void find_decoder(const ElementTables& tables, Use use) {
 
 #include "kernel.inl"
 
+// On top of it.
+#include "avx2_integer.inl"
+
 }  // namespace
 
 const LinearKernels kAvx2Linear = kTable;
+const FindIntegerFn kAvx2Integer = find_integer;
 
 }  // namespace ng::cpu

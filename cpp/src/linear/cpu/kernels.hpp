@@ -20,6 +20,14 @@ struct ElementTables {
   bool is_signed;     // an integer in two's complement
   bool is_fp;
   bool nan_code;  // fp8_e4m3: the all-ones magnitude is NaN
+
+  // Elements that are whole numbers of `integer_step`, a power of two (0: not such an element; fill_integers() in
+  // integer.cpp). Of up to 4 bits: (value / step + integer_offset) of code i, repeated; of fp of 5 to 7 bits: the
+  // magnitude over step, by the code without its sign; of others unused, they need no look-up.
+  alignas(64) uint8_t integers[64];
+  float integer_step;
+  // What the numbers that a decoder makes are above value / step.
+  int integer_offset;
 };
 
 enum class Scale : uint8_t { fp32, fp16, bf16, e8m0, e4m3 };
@@ -84,6 +92,34 @@ struct LinearKernels {
   void (*store_columns)(const float* sums, const Output& out, int64_t row, int64_t col);
 };
 
+// Rows of x as integers times a step of their row, for weights that are integers (ElementTables::integers).
+//
+// Rows lie in tiles of kIntegerTile, the last as narrow as its rows: a tile is [unit][quad of 4][row][4], int8 or
+// int16, and columns[4 * quad + i] says which of a unit's 16 columns that is: the order in which the decoders find
+// them.
+struct IntegerRows {
+  const void* values;
+  const float* steps;   // [row], times integer_step; NaN: all of the row's results are
+  const int32_t* sums;  // of the values of a segment: by tile [segment][row]
+  int64_t segments;     // in a row: every kSegmentUnits units, anew at every group
+  const uint8_t* columns;
+  int rows;
+};
+
+inline constexpr int kIntegerTile = 4;
+inline constexpr int kMaxIntegerRows = 96;
+// Units whose products of int16 and 8 bits, zero point included, an int32 holds.
+inline constexpr int kSegmentUnits = 16;
+inline constexpr int kInt8Limit = 127;
+inline constexpr int kInt16Limit = 127 * 256;  // what two signed bytes hold
+
+// For blocks [begin, end): out = steps * sum over segments of (integers . integers) * scale, each segment's product
+// exact, converted, multiplied by the step, by the scale, and added, rounding each time: the same bits everywhere.
+using IntegerFn = void (*)(const Weights& w, const IntegerRows& x, const Output& out, int64_t begin, int64_t end);
+
+// For the element of the tables; wide: x is int16. pre: the element has integers.
+using FindIntegerFn = IntegerFn (*)(const ElementTables& tables, bool wide);
+
 // Names a decoder type in a call (see kernel.inl).
 template <typename D>
 struct Tag {
@@ -91,8 +127,10 @@ struct Tag {
 };
 
 extern const LinearKernels kPortableLinear;
+extern const FindIntegerFn kPortableInteger;
 #if defined(__x86_64__)
 extern const LinearKernels kAvx2Linear;
+extern const FindIntegerFn kAvx2Integer;  // what AVX-512 runs too
 extern const LinearKernels kAvx512Linear;
 #endif
 

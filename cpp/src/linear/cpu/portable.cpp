@@ -1,9 +1,6 @@
 // Portable: plain C++ that any compiler turns into its baseline vectors; also the reference for the others.
 #include "kernels.hpp"
 
-// Vectors are passed only between functions of this file.
-#pragma GCC diagnostic ignored "-Wpsabi"
-
 namespace ng::cpu {
 namespace {
 
@@ -195,8 +192,12 @@ void find_decoder(const ElementTables& tables, Use use) {
 
 #include "kernel.inl"
 
+// On top of it.
+#include "portable_integer.inl"
+
 }  // namespace
 
 const LinearKernels kPortableLinear = kTable;
+const FindIntegerFn kPortableInteger = find_integer;
 
 }  // namespace ng::cpu
