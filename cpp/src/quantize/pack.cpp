@@ -1,6 +1,7 @@
 // pack, unpack and gather_rows: between the canonical and the packed layout (layout.hpp).
 //
-// These run once per matrix (gather_rows once per token), so they go code by code through the layout's map.
+// pack runs for every product where weights are gathered from ranks, so it makes a unit's bytes one after the other;
+// unpack runs once per matrix and gather_rows once per token, code by code. All by the layout's map.
 #include <algorithm>
 #include <cstring>
 
@@ -27,14 +28,57 @@ uint8_t read_unit(const UnitMap& map, const uint8_t* unit, size_t index) noexcep
   return static_cast<uint8_t>(code);
 }
 
-// pre: the code's bits in the unit are zero.
-void write_unit(const UnitMap& map, uint8_t* unit, size_t index, unsigned code) noexcept {
-  for (int p = 0; p < map.planes; ++p) {
-    const UnitMap::Plane& plane = map.plane[static_cast<size_t>(p)];
-    const unsigned field = (code >> plane.first_bit) & ((1u << plane.bits) - 1u);
-    unit[plane.byte[index]] |= static_cast<uint8_t>(field << plane.shift[index]);
+// The codes of a block's rows, a window of columns of each.
+using Window = std::array<uint8_t, static_cast<size_t>(kBlockRows* kWindow)>;
+
+// Makes units of codes, plane by plane.
+class UnitWriter {
+ public:
+  explicit UnitWriter(const UnitMap& map) : map_(map) {
+    for (int p = 0; p < map.planes; ++p) {
+      const UnitMap::Plane& plane = map.plane[static_cast<size_t>(p)];
+      const int first = *std::min_element(plane.byte.begin(), plane.byte.end()), slots = 8 / plane.bits;
+      for (int index = 0; index < kUnitCodes; ++index) {
+        const int byte = plane.byte[static_cast<size_t>(index)] - first;
+        const int slot = plane.shift[static_cast<size_t>(index)] / plane.bits;
+        sources_[static_cast<size_t>(p)][static_cast<size_t>(byte * slots + slot)] =
+            static_cast<uint16_t>(index / kUnitCols * kWindow + index % kUnitCols);
+      }
+    }
   }
-}
+
+  // codes: of the unit's first row and column in a Window.
+  void operator()(const uint8_t* codes, uint8_t* unit) const noexcept {
+    for (int p = 0; p < map_.planes; ++p) {
+      switch (map_.plane[static_cast<size_t>(p)].bits) {
+        case 8: unit = write<8>(p, codes, unit); break;
+        case 4: unit = write<4>(p, codes, unit); break;
+        case 2: unit = write<2>(p, codes, unit); break;
+        default: unit = write<1>(p, codes, unit); break;
+      }
+    }
+  }
+
+ private:
+  // Returns where the plane ends.
+  template <int kBits>
+  uint8_t* write(int p, const uint8_t* codes, uint8_t* out) const noexcept {
+    const int first_bit = map_.plane[static_cast<size_t>(p)].first_bit;
+    const uint16_t* source = sources_[static_cast<size_t>(p)].data();
+    for (int i = 0; i < kUnitCodes * kBits / 8; ++i) {
+      unsigned byte = 0;
+      for (int slot = 0; slot < 8 / kBits; ++slot) {
+        byte |= (unsigned{codes[*source++]} >> first_bit & ((1u << kBits) - 1u)) << (slot * kBits);
+      }
+      *out++ = static_cast<uint8_t>(byte);
+    }
+    return out;
+  }
+
+  const UnitMap& map_;
+  // By plane: for each of its bytes, from the low bits on, where in a Window the codes are.
+  std::array<std::array<uint16_t, kUnitCodes>, 3> sources_{};
+};
 
 void check_canonical(const CanonicalView& matrix, const char* what) {
   const CanonicalBytes bytes = canonical_bytes(matrix.format, matrix.rows, matrix.cols);
@@ -131,28 +175,28 @@ void pack(const CanonicalView& matrix, uint8_t* packed, Executor& executor) {
   if (layout.total == 0) return;
   check_packed(packed, "pack");
   const Element& element = matrix.format.element;
-  const UnitMap& map = UnitMap::of(element);
+  const UnitWriter write(UnitMap::of(element));
   const codec::Table& codec = codec::table();
   const size_t scale_width = scale_bytes(matrix.format.scale);
   const int64_t row_bytes = matrix.format.row_bytes(matrix.cols);
 
   executor.parallel_for(layout.blocks, 1, [&](int64_t begin, int64_t end) {
-    alignas(64) std::array<uint8_t, kWindow> codes;
+    alignas(64) Window codes;
     for (int64_t block = begin; block < end; ++block) {
-      uint8_t* units = packed + block * layout.block_bytes();
-      std::memset(units, 0, static_cast<size_t>(layout.block_bytes()));
+      uint8_t* unit = packed + block * layout.block_bytes();
       const int64_t row_count = std::min<int64_t>(kBlockRows, matrix.rows - block * kBlockRows);
-      for (int64_t row = 0; row < row_count; ++row) {
-        const uint8_t* stream = matrix.codes + (block * kBlockRows + row) * row_bytes;
-        for (int64_t col = 0; col < matrix.cols; col += kWindow) {
-          const int64_t count = std::min(kWindow, matrix.cols - col);
-          codec.unpack(stream + col / 8 * element.bits, count, element.bits, codes.data());
-          for (int64_t i = 0; i < count; ++i) {
-            uint8_t* unit = units + (col + i) / kUnitCols * layout.unit_bytes;
-            write_unit(map, unit, static_cast<size_t>(row * kUnitCols + (col + i) % kUnitCols),
-                       codes[static_cast<size_t>(i)]);
+      for (int64_t col = 0; col < matrix.cols; col += kWindow) {
+        const int64_t count = std::min(kWindow, matrix.cols - col);
+        for (int64_t row = 0; row < kBlockRows; ++row) {
+          uint8_t* line = codes.data() + row * kWindow;
+          const int64_t known = row < row_count ? count : 0;
+          if (known != 0) {
+            const uint8_t* stream = matrix.codes + (block * kBlockRows + row) * row_bytes;
+            codec.unpack(stream + col / 8 * element.bits, count, element.bits, line);
           }
+          std::fill(line + known, line + kWindow, uint8_t{0});
         }
+        for (int64_t i = 0; i < count; i += kUnitCols, unit += layout.unit_bytes) write(codes.data() + i, unit);
       }
       pack_groups(static_cast<const uint8_t*>(matrix.scales), packed + layout.scales, layout, matrix.rows, scale_width,
                   block);
