@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = 20  # seconds, of the process group
-GROWTH = 32 << 20  # bytes, of which some hundred for each new kind of call, which ranks remember
+GROWTH = 96 << 20  # bytes: a pool of each communicator keeps the memory of its largest call; 23 to 46 MiB were seen
 # Relative error of one rounding of normally distributed values, times three.
 WIRES = {"int8:g64:bf16": 0.02, "int4:g64:bf16": 0.35, "fp8_e4m3:g128:fp16": 0.08, "uint6:g32:fp16": 0.06, None: 1e-6}
 DTYPES = {"float32": 1e-6, "bfloat16": 2**-8, "float16": 2**-10}
@@ -62,12 +62,12 @@ class Rank:
         dtype, name = self.draw.choice(list(DTYPES)), self.draw.choice(list(WIRES))
         scale = 10 ** self.draw.uniform(-2, 2)
         rotated, stochastic = self.draw.random() < 0.3, self.draw.random() < 0.3
-        wire = ng.Wire(name, hadamard=rotated, stochastic=stochastic)
+        wire = ng.Wire(name, hadamard=rotated, stochastic=stochastic) if name else ng.Wire()
         options: dict[str, Any] = {"seed": number, "chunk_bytes": self.draw.choice([1000, 1 << 18])}
         exact_below = self.draw.choice([0, 1 << 16])
         mean, asynchronous = self.draw.random() < 0.5, self.draw.random() < 0.3
         if self.draw.random() < 0.02:
-            self.mismatch(comm, numel)
+            self.mismatch(comm, 100_000 + 2 * number)
             return
         seeds = [self.seed * 1_000_003 + number * 31 + rank for rank in range(self.size)]
         count = numel * self.size if collective in ("reduce_scatter", "all_to_all") else numel
@@ -112,7 +112,7 @@ class Rank:
     ) -> None:
         """Up to three roundings, and that of the result."""
         lost = ~expected.isfinite()
-        assert result[lost].isnan().all(), f"{what}: a value that is not finite did not arrive as NaN"
+        assert not result[lost].isfinite().any(), f"{what}: a value that is not finite arrived finite"
         kept = result.isfinite() & ~lost
         missing = len(result) - int(kept.sum())
         assert missing <= (0 if not lost.any() else 128), f"{what}: {missing} values are not finite"
@@ -122,10 +122,11 @@ class Rank:
         assert ratio <= 1, f"{what}: the error is {ratio} of what is allowed"
 
     def mismatch(self, comm: ng.Communicator, numel: int) -> None:
+        """Of shapes that no rank has called with, since others are not compared again."""
         try:
-            comm.all_reduce(torch.ones(numel + 1 + self.rank % 2), "int8:g64:bf16")
+            comm.all_reduce(torch.ones(numel + self.rank % 2), "int8:g64:bf16", exact_below=0)
         except ng.TransportError as error:
-            assert f"of {numel + 1} float32" in str(error) and f"of {numel + 2} float32" in str(error), error
+            assert f"of {numel} float32" in str(error) and f"of {numel + 1} float32" in str(error), error
             self.counts["mismatches"] += 1
         else:
             raise AssertionError("a mismatch was not seen")
