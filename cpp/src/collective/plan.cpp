@@ -62,8 +62,10 @@ void collective::check_options(const CollectiveOptions& options) {
   check_wire(options.wire);
   check_wire(options.inside);
   NG_CHECK(options.chunks >= 1, InvalidArgument, options.chunks, " chunks; expected at least 1");
-  NG_CHECK(options.chunk_bytes.value_or(1) >= 1, InvalidArgument, "chunks of ", *options.chunk_bytes,
-           " bytes; expected at least 1");
+  if (options.chunk_bytes) {
+    NG_CHECK(*options.chunk_bytes >= 1, InvalidArgument, "chunks of ", *options.chunk_bytes,
+             " bytes; expected at least 1");
+  }
   NG_CHECK(options.exact_below >= 0, InvalidArgument, "exact_below is ", options.exact_below,
            "; expected bytes, or 0 for never");
 }
