@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import json
 import random
-import resource
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import narrowgauge as ng
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from collectives_rank import cpu_seconds, sent_bytes
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
@@ -195,17 +194,6 @@ def losses(jobs: list[tuple[str, int]], steps: int) -> None:
             say({"contender": name, "seed": seed, "step": number, "loss": mean(trainer.step())})
         seconds = time.perf_counter() - start
         say({"contender": name, "seed": seed, "held out": trainer.evaluate(), "seconds": seconds})
-
-
-def sent_bytes() -> int:
-    """Of this rank's host, which ranks of a node share."""
-    counter = Path("/sys/class/net/eth0/statistics/tx_bytes")
-    return int(counter.read_text()) if counter.exists() else 0
-
-
-def cpu_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
 
 
 def step_times(names: list[str], rounds: int, node_size: int) -> None:
