@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,24 +18,7 @@ import narrowgauge as ng
 import numpy as np
 import pytest
 from narrowgauge import _native
-
-
-def run_threads(size: int, body: Callable[[ng.Communicator], Any], **options: Any) -> list[Any]:
-    """What body returned, or raised, on every rank."""
-    results: list[Any] = [None] * size
-
-    def run(comm: ng.Communicator) -> None:
-        try:
-            results[comm.rank] = body(comm)
-        except Exception as error:
-            results[comm.rank] = error
-
-    threads = [threading.Thread(target=run, args=(comm,)) for comm in ng.Communicator.in_process(size, **options)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
+from thread_ranks import run_ranks
 
 
 def run_processes(job: str, size: int, folder: Path, codes: list[int] | None = None) -> None:
@@ -78,7 +60,7 @@ def test_collectives_within_a_process(library: str) -> None:
         return [np.asarray(result) for result in (gathered, part, everything, mine)]
 
     inputs = [values(rank, 6, 100) for rank in range(3)]
-    for rank, (gathered, part, everything, in_place) in enumerate(run_threads(3, body)):
+    for rank, (gathered, part, everything, in_place) in enumerate(run_ranks(3, body)):
         assert gathered.shape == (18, 100) and part.shape == (2, 100) and everything.shape == (6, 100)
         np.testing.assert_allclose(gathered, np.concatenate(inputs), atol=0.02)
         np.testing.assert_allclose(part, np.mean(inputs, axis=0)[2 * rank : 2 * rank + 2], atol=0.02)
@@ -89,7 +71,7 @@ def test_collectives_within_a_process(library: str) -> None:
 def test_what_arrives_is_what_quantize_gives() -> None:
     wire = ng.Wire("int4:g64:fp16")
     expected = ng.quantize(values(0, 1, 1000), ng.Format("int4:g64:fp16")).dequantize("float32")
-    for result in run_threads(2, lambda comm: comm.all_gather(values(comm.rank, 1, 1000), wire, exact_below=0)):
+    for result in run_ranks(2, lambda comm: comm.all_gather(values(comm.rank, 1, 1000), wire, exact_below=0)):
         np.testing.assert_array_equal(result[:1], expected)
 
 
@@ -106,7 +88,7 @@ def test_gathered_weights_are_multiplied_as_they_travelled(library: str) -> None
 
     weights = np.concatenate([values(rank, 8, 256) for rank in range(3)])
     expected = ng.quantize(weights, "int8:g64:bf16")
-    for q, y in run_threads(3, body):
+    for q, y in run_ranks(3, body):
         assert q.shape == (24, 256)
         np.testing.assert_array_equal(np.asarray(q.codes), expected.codes)
         np.testing.assert_array_equal(y, ng.linear(values(9, 3, 256), expected.pack()))
@@ -124,7 +106,7 @@ def test_plans_say_what_is_done() -> None:
         assert comm.plan("all_gather", large[: (1 << 17) - 1], "int8:g64:bf16").wire.format is None
         assert "1048576 bytes are not fewer than" in str(comm.plan("reduce_scatter", large, "int8:g64:bf16"))
 
-    assert run_threads(2, body) == [None, None]
+    assert run_ranks(2, body) == [None, None]
     plan = ng.collective.plan("all_reduce", 1 << 22, "bfloat16", "int8:g64:bf16", size=8, node_size=4)
     assert plan.wire == ng.Wire("int8:g64:bf16") and plan.inside == ng.Wire()
     assert 0 < plan.sent_across < plan.sent_bytes and plan.chunks == 2
@@ -138,7 +120,7 @@ def test_secondary_shards_need_nodes_and_memory() -> None:
     def body(comm: ng.Communicator) -> None:
         comm.all_gather(values(0, 4), secondary=ng.SecondaryShard())
 
-    assert all("expected a node_size" in str(error) for error in run_threads(2, body))
+    assert all("expected a node_size" in str(error) for error in run_ranks(2, body))
     assert ng.SecondaryShard(ng.HostPool(limit=4096)).nbytes == 0
 
 
@@ -147,7 +129,7 @@ def test_exact_and_asynchronous() -> None:
         pending = [comm.all_reduce(np.full(10, comm.rank + i, np.float32), async_op=True) for i in range(3)]
         return [handle.wait()[0] for handle in pending]
 
-    assert run_threads(2, body) == [[1, 3, 5], [1, 3, 5]]
+    assert run_ranks(2, body) == [[1, 3, 5], [1, 3, 5]]
 
 
 def test_all_to_all() -> None:
@@ -157,7 +139,7 @@ def test_all_to_all() -> None:
         counts = [1, 1] if comm.rank == 0 else [3, 3]
         return comm.all_to_all(sent, [1, 3], received, counts)
 
-    first, second = run_threads(2, body)
+    first, second = run_ranks(2, body)
     np.testing.assert_array_equal(first, [0, 10])
     np.testing.assert_array_equal(second, [1, 2, 3, 11, 12, 13])
 
@@ -176,15 +158,15 @@ def test_errors_name_what_is_wrong() -> None:
         (TypeError, "input is a list", lambda comm: comm.all_reduce([1.0])),
     ]
     for kind, message, call in wrong:
-        for error in run_threads(2, call):
+        for error in run_ranks(2, call):
             assert isinstance(error, kind) and message in str(error), error
 
 
 def test_ranks_that_disagree_or_stay_away() -> None:
-    for error in run_threads(2, lambda comm: comm.all_reduce(values(0, 4 + comm.rank))):
+    for error in run_ranks(2, lambda comm: comm.all_reduce(values(0, 4 + comm.rank))):
         assert isinstance(error, ng.TransportError)
         assert "of 4 float32" in str(error) and "of 5 float32" in str(error)
-    late = run_threads(2, lambda comm: time.sleep(1) if comm.rank else comm.all_reduce(values(0, 4)), timeout=0.1)
+    late = run_ranks(2, lambda comm: time.sleep(1) if comm.rank else comm.all_reduce(values(0, 4)), timeout=0.1)
     assert isinstance(late[0], TimeoutError) and "rank 1 did not come within 100 ms" in str(late[0])
     with pytest.raises(ValueError, match="timeout is 0"):
         ng.Communicator.in_process(2, timeout=0)

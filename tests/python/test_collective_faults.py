@@ -5,7 +5,6 @@ DeepSpeed's are of runtime/comm/coalesced_collectives.py and csrc/quantization a
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -13,37 +12,10 @@ import ml_dtypes
 import narrowgauge as ng
 import numpy as np
 import pytest
-from narrowgauge import _native
+from thread_ranks import results_of, run_ranks
 
 INT8, INT4 = "int8:g64:bf16", "int4:g64:bf16"
 ROTATED = ng.Wire(INT4, hadamard=True)
-
-
-def run(size: int, body: Callable[[ng.Communicator], Any], node_size: int = 0) -> list[Any]:
-    """What body returned, or raised, on every rank; a rank that waits for 20 s is an error."""
-    results: list[Any] = [None] * size
-
-    def rank(transport: Any, index: int) -> None:
-        try:
-            results[index] = body(ng.Communicator(_native.communicator(transport, node_size, None)))
-        except Exception as error:
-            results[index] = error
-
-    transports = _native.in_process_transports(size, 20)
-    threads = [threading.Thread(target=rank, args=(each, index)) for index, each in enumerate(transports)]
-    transports.clear()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
-
-
-def each_of(results: list[Any]) -> list[Any]:
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
-    return results
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -65,7 +37,7 @@ def test_the_mean_is_that_of_all_ranks_for_every_shape(shape: tuple[int, ...]) -
     def body(comm: ng.Communicator) -> Any:
         return comm.reduce_scatter(inputs[comm.rank], INT8, op="mean", inside=INT8, exact_below=0)
 
-    got = np.concatenate(each_of(run(4, body, node_size=2)))
+    got = np.concatenate(results_of(4, body, node_size=2))
     assert relative_error(got, expected) < 0.02
 
 
@@ -80,7 +52,7 @@ def test_bf16_gradients_are_read_as_bf16() -> None:
         assert result.dtype == torch.bfloat16
         return result.float().numpy()  # type: ignore[no-any-return]
 
-    got = np.concatenate(each_of(run(2, body)))
+    got = np.concatenate(results_of(2, body))
     expected = np.mean([each.astype(np.float32) for each in inputs], axis=0)
     assert relative_error(got, expected) < 0.02
 
@@ -97,7 +69,7 @@ def test_vectors_and_odd_sizes_are_quantised_too(size: int, numel: int) -> None:
         return comm.reduce_scatter(np.tile(every, comm.size), INT4, exact_below=0)
 
     expected = ng.quantize(mine[None], INT4).dequantize("float32")[0]
-    for part in each_of(run(size, body)):
+    for part in results_of(size, body):
         np.testing.assert_array_equal(part, expected)
 
 
@@ -105,14 +77,14 @@ def test_vectors_and_odd_sizes_are_quantised_too(size: int, numel: int) -> None:
 def test_weights_of_any_number_of_elements_are_gathered(numel: int) -> None:
     # qwZ: "Qantized weight requires the number of weights be a multiple of 8".
     shards = [normal(rank, numel) for rank in range(3)]
-    for gathered in each_of(run(3, lambda comm: comm.all_gather(shards[comm.rank], INT8, exact_below=0))):
+    for gathered in results_of(3, lambda comm: comm.all_gather(shards[comm.rank], INT8, exact_below=0)):
         assert relative_error(gathered, np.concatenate(shards)) < 0.02
 
 
 def test_parameters_smaller_than_the_number_of_ranks() -> None:
     # A small parameter raised with 2048 ranks (#6659).
-    for everything in each_of(
-        run(9, lambda comm: comm.all_reduce(np.full(1, comm.rank, np.float32), INT8, exact_below=0))
+    for everything in results_of(
+        9, lambda comm: comm.all_reduce(np.full(1, comm.rank, np.float32), INT8, exact_below=0)
     ):
         np.testing.assert_allclose(everything, [36], rtol=0.02)
 
@@ -127,12 +99,12 @@ def test_nodes_are_what_the_caller_says(size: int, node_size: int) -> None:
         assert comm.node_size == node_size
         return comm.reduce_scatter(inputs[comm.rank], INT8, op="mean", inside=INT8, exact_below=0)
 
-    got = np.concatenate(each_of(run(size, body, node_size)))
+    got = np.concatenate(results_of(size, body, node_size))
     assert relative_error(got, np.mean(inputs, axis=0)) < 0.02
 
 
 def test_nodes_that_do_not_divide_the_ranks_are_refused() -> None:
-    for error in run(4, lambda comm: comm, node_size=3):
+    for error in run_ranks(4, lambda comm: comm, node_size=3):
         assert isinstance(error, ValueError) and "3" in str(error) and "4" in str(error)
 
 
@@ -152,7 +124,7 @@ def test_error_feedback_is_of_a_tensor() -> None:
                 total += comm.reduce_scatter(input, INT4, op="mean", error=error, exact_below=0)
         return totals
 
-    for totals in each_of(run(2, body)):
+    for totals in results_of(2, body):
         for total, gradient in zip(totals, gradients, strict=True):
             # What is owed is never more than half a step of the group.
             np.testing.assert_allclose(total, steps * gradient, atol=np.abs(gradient).max() / 7)
@@ -163,7 +135,7 @@ def test_sums_of_many_fp16_ranks_do_not_overflow() -> None:
     def body(comm: ng.Communicator) -> Any:
         return comm.all_reduce(np.full(64, 10000, np.float16), INT8, op="mean", exact_below=0)
 
-    for mean in each_of(run(9, body)):
+    for mean in results_of(9, body):
         np.testing.assert_allclose(mean.astype(np.float32), 10000, rtol=0.01)
 
 
@@ -171,7 +143,7 @@ def test_the_largest_value_is_not_clamped() -> None:
     # +absmax became code 128 and was clamped to 127; -absmax was not: the largest gradients shrank, on one side.
     x = np.tile(np.array([4, -4, 1, -1], np.float32), 16)
     for wire in (INT8, INT4):
-        for gathered in each_of(run(2, lambda comm, wire=wire: comm.all_gather(x, wire, exact_below=0))):  # type: ignore[misc]
+        for gathered in results_of(2, lambda comm, wire=wire: comm.all_gather(x, wire, exact_below=0)):  # type: ignore[misc]
             np.testing.assert_array_equal(gathered[0::4], -gathered[1::4])
             np.testing.assert_allclose(gathered[0::4], 4, rtol=2**-8)
 
@@ -192,7 +164,7 @@ def test_what_is_not_finite_arrives_as_nan(wire: Any, value: float) -> None:
         ]
 
     for node_size in (0, 2):
-        results = each_of(run(4, body, node_size))
+        results = results_of(4, body, node_size)
         group = np.s_[1, 64:128]
         for rank, (part, everything, gathered) in enumerate(results):
             assert np.isfinite(part).all() == (rank != 1)
@@ -206,7 +178,7 @@ def test_what_is_not_finite_arrives_as_nan(wire: Any, value: float) -> None:
 def test_zeros_and_subnormals_arrive_finite(value: float) -> None:
     # A group of zeros took scale 1; hpZ gave zero or NaN losses (#4851, #5059, #7606).
     x = np.full(128, value, np.float32)
-    for everything in each_of(run(3, lambda comm: comm.all_reduce(x, INT8, exact_below=0))):
+    for everything in results_of(3, lambda comm: comm.all_reduce(x, INT8, exact_below=0)):
         np.testing.assert_allclose(everything, 3 * x, rtol=0, atol=2e-38)  # half a step of bf16's smallest scale
 
 
@@ -214,9 +186,9 @@ def test_views_that_are_not_aligned() -> None:
     # cudaErrorMisalignedAddress (#3827).
     for offset in range(1, 5):
         x = normal(offset, 1000)
-        for gathered in each_of(
-            run(2, lambda comm, x=x, offset=offset: comm.all_gather(x[offset:], INT8, exact_below=0))
-        ):  # type: ignore[misc]
+        for gathered in results_of(
+            2, lambda comm, x=x, offset=offset: comm.all_gather(x[offset:], INT8, exact_below=0)
+        ):
             assert relative_error(gathered, np.tile(x[offset:], 2)) < 0.02
 
 
@@ -237,6 +209,6 @@ def test_views_that_are_not_aligned() -> None:
 )
 def test_ranks_that_differ_get_an_error_and_do_not_hang(calls: Callable[[ng.Communicator], Any]) -> None:
     # A rank with another plan hung the others until a watchdog came (hpZ: #4906, #5030), or read garbage.
-    errors = run(2, calls)
+    errors = run_ranks(2, calls)
     assert all(isinstance(error, ng.TransportError) for error in errors), errors
     assert str(errors[0]).count("rank") >= 2

@@ -2,36 +2,15 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
 from typing import Any
 
 import narrowgauge as ng
 import pytest
+from thread_ranks import results_of
 
 torch = pytest.importorskip("torch")
 
 INT8 = "int8:g64:bf16"
-
-
-def run(size: int, body: Callable[[ng.Communicator], Any]) -> list[Any]:
-    results: list[Any] = [None] * size
-
-    def rank(comm: ng.Communicator) -> None:
-        try:
-            results[comm.rank] = body(comm)
-        except Exception as error:
-            results[comm.rank] = error
-
-    threads = [threading.Thread(target=rank, args=(comm,)) for comm in ng.Communicator.in_process(size, timeout=60)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
-    return results
 
 
 def values(seed: int, *shape: int) -> Any:
@@ -62,7 +41,7 @@ def test_what_is_cut_comes_back(size: int) -> None:
         total = shards.reduce_scatter(gradients, op="sum", async_op=True).wait()
         torch.testing.assert_close(total, part * size * (size + 1) / 2)
 
-    run(size, body)
+    results_of(size, body)
 
 
 def test_zero_2_trains_as_one_process_does() -> None:
@@ -96,12 +75,12 @@ def test_zero_2_trains_as_one_process_does() -> None:
             shards.all_gather(mine, wire, out=parameters, exact_below=0)
         return [each.detach() for each in parameters]
 
-    exact = run(3, lambda comm: body(comm, None))
+    exact = results_of(3, lambda comm: body(comm, None))
     for replica in exact:
         for a, b in zip(replica, single.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     models[:3] = [model() for _ in range(3)]
-    first, *others = run(3, lambda comm: body(comm, INT8))
+    first, *others = results_of(3, lambda comm: body(comm, INT8))
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
     for a, b in zip(first, single.parameters(), strict=True):
@@ -122,7 +101,7 @@ def test_gradients_pass() -> None:
     whole = torch.cat(shards).requires_grad_()
     expected = sum((whole * weights * (rank + 1)).square() for rank in range(2)) / 2
     expected.sum().backward()
-    for rank, (part, gradient) in enumerate(run(2, body)):
+    for rank, (part, gradient) in enumerate(results_of(2, body)):
         torch.testing.assert_close(part, expected.detach().chunk(2)[rank])
         torch.testing.assert_close(gradient, whole.grad.chunk(2)[rank])
 
@@ -133,7 +112,7 @@ def test_narrow_gradients_pass() -> None:
         ng.shards.all_gather(shard, comm, INT8, gradients=INT8, exact_below=0).square().sum().backward()
         return shard.detach(), shard.grad
 
-    for shard, gradient in run(2, body):
+    for shard, gradient in results_of(2, body):
         torch.testing.assert_close(gradient, 4 * shard, rtol=0, atol=0.15)
         assert not torch.equal(gradient, 4 * shard)
 
@@ -143,5 +122,7 @@ def test_wrong_shapes_are_named() -> None:
     shards = ng.shards.FlatShards(comm, [torch.empty(3, 2)])
     with pytest.raises(ValueError, match=r"tensors have shapes \[\[2, 3\]\], expected \[\[3, 2\]\]"):
         shards.own([torch.empty(2, 3)])
+    with pytest.raises(ValueError, match="async_op is True, expected False"):
+        shards.all_gather(torch.empty(64), out=[torch.empty(3, 2)], async_op=True)
     with pytest.raises(ValueError, match=r"part has shape \[3\], expected \[64\]"):
         shards.all_gather(torch.empty(3), out=[torch.empty(3, 2)])
