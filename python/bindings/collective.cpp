@@ -199,13 +199,12 @@ void bind_collective(nb::module_& module) {
   wire.attr("__module__") = "narrowgauge";
   const auto make = [](Wire* self, std::optional<std::variant<Format, std::string>> format, bool hadamard,
                        bool stochastic) {
-    if (!format) {
-      new (self) Wire{std::nullopt, hadamard, stochastic};
-    } else if (const auto* name = std::get_if<std::string>(&*format)) {
-      new (self) Wire{Format::parse(*name), hadamard, stochastic};
-    } else {
-      new (self) Wire{std::get<Format>(*format), hadamard, stochastic};
+    std::optional<Format> parsed;
+    if (format) {
+      const auto* name = std::get_if<std::string>(&*format);
+      parsed = name != nullptr ? Format::parse(*name) : std::get<Format>(*format);
     }
+    new (self) Wire{parsed, hadamard, stochastic};
   };
   wire.def("__init__", make, "format"_a = nb::none(), "hadamard"_a = false, "stochastic"_a = false)
       .def_prop_ro("format", [](const Wire& self) { return self.format; })

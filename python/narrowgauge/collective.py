@@ -348,15 +348,17 @@ class Communicator:
         seed: int = 0,
         async_op: bool = False,
         chunks: int = CHUNKS,
-        chunk_bytes: int | None = None,
     ) -> Any:
-        """Sends input_numels[i] elements, in their order, to each rank i; out_numels[i] come from it, into `out`."""
+        """Sends input_numels[i] elements, in their order, to each rank i; out_numels[i] come from it, into `out`.
+
+        There are always `chunks`, since ranks have different numbers of elements.
+        """
         pending = self._native.all_to_all(
             _borrowed(input),
             input_numels,
             _borrowed(out),
             out_numels,
-            _options(wire, None, chunks, chunk_bytes, seed, 0),
+            _options(wire, None, chunks, None, seed, 0),
         )
         return _result(pending, out, (input, out), async_op)
 

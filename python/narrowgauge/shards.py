@@ -74,6 +74,8 @@ class FlatShards:
         """Writes all ranks' parts into the tensors `out`, rounded to their dtypes. options: of Communicator.all_gather,
         without async_op.
         """
+        if options.get("async_op"):
+            raise ValueError("async_op is True, expected False: tensors are written when all parts have come")
         tensors = list(out)
         self._check(tensors, "out")
         if part.shape != (self.part,):

@@ -63,9 +63,10 @@ class Rank:
         scale = 10 ** self.draw.uniform(-2, 2)
         rotated, stochastic = self.draw.random() < 0.3, self.draw.random() < 0.3
         wire = ng.Wire(name, hadamard=rotated, stochastic=stochastic) if name else ng.Wire()
-        options: dict[str, Any] = {"seed": number, "chunk_bytes": self.draw.choice([1000, 1 << 18])}
-        exact_below = self.draw.choice([0, 1 << 16])
+        chunk_bytes, exact_below = self.draw.choice([1000, 1 << 18]), self.draw.choice([0, 1 << 16])
         mean, asynchronous = self.draw.random() < 0.5, self.draw.random() < 0.3
+        options: dict[str, Any] = {"seed": number, "async_op": asynchronous}
+        options |= {"chunk_bytes": chunk_bytes, "exact_below": exact_below}
         if self.draw.random() < 0.02:
             self.mismatch(comm, 100_000 + 2 * number)
             return
@@ -77,18 +78,18 @@ class Rank:
             inputs[0][poisoned] = self.draw.choice([float("nan"), float("inf"), -float("inf")])
         mine, exact = inputs[self.rank], [each.double() for each in inputs]
         if collective == "all_gather":
-            result = comm.all_gather(mine, wire, async_op=asynchronous, exact_below=exact_below, **options)
+            result = comm.all_gather(mine, wire, **options)
             expected, magnitude = torch.cat(exact), torch.cat(exact)
         elif collective == "all_to_all":
             result = comm.all_to_all(
                 mine, [numel] * self.size, torch.empty_like(mine), [numel] * self.size, wire,
-                async_op=asynchronous, **options,
+                seed=number, async_op=asynchronous,
             )  # fmt: skip
             expected = magnitude = torch.cat([each.view(self.size, numel)[self.rank] for each in exact])
         else:
             method = getattr(comm, collective)
             op = "mean" if mean else "sum"
-            result = method(mine, wire, op=op, inside=wire, async_op=asynchronous, exact_below=exact_below, **options)
+            result = method(mine, wire, op=op, inside=wire, **options)
             expected = sum(exact) / (self.size if mean else 1)  # type: ignore[assignment]
             magnitude = sum(each.abs() for each in exact) / (self.size if mean else 1)  # type: ignore[assignment]
             if collective == "reduce_scatter":

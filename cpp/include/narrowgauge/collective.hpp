@@ -63,7 +63,7 @@ enum class Reduction : uint8_t { sum, mean };
 
 enum class CollectiveKind : uint8_t { all_gather, reduce_scatter, all_reduce };
 
-// A chunk's message has a price of its own, some 0.3 ms over gloo, and an all-to-all by itself leaves links idle.
+// Messages have a price of their own (docs/collectives.md), and an all-to-all in one piece leaves links idle.
 constexpr int64_t default_chunk_bytes(CollectiveKind kind) {
   return kind == CollectiveKind::reduce_scatter ? 2 << 20 : 4 << 20;
 }
@@ -189,7 +189,8 @@ class Communicator {
   Pending all_reduce(const TensorView& input, const TensorView& out, Reduction reduction,
                      const CollectiveOptions& options, const TensorView* error = nullptr);
 
-  // input: input_numels[0] elements for rank 0, then those for rank 1, and so on; out likewise. Never in two levels.
+  // input: input_numels[0] elements for rank 0, then those for rank 1, and so on; out likewise. Never in two levels,
+  // and always in options.chunks, since ranks have different numbers of elements.
   Pending all_to_all(const TensorView& input, std::span<const int64_t> input_numels, const TensorView& out,
                      std::span<const int64_t> out_numels, const CollectiveOptions& options);
 

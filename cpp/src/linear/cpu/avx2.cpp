@@ -89,6 +89,15 @@ inline __m256i select(__m256i mask, __m256i a, __m256i b) {
 // A table of 16 bytes for look-ups by the low bits of bytes below 128.
 inline __m256i load_table(const uint8_t* entries) { return _mm256_broadcastsi128_si256(load_128(entries)); }
 
+// Columns 4 * Q .. of a unit, by a decoder's half<K>(unit, row): column K of eight rows from `row` on.
+template <int Q, typename D>
+inline void decode_columns(const D& decoder, const uint8_t* unit, V16* out) {
+  out[0] = {decoder.template half<4 * Q>(unit, 0), decoder.template half<4 * Q>(unit, 8)};
+  out[1] = {decoder.template half<4 * Q + 1>(unit, 0), decoder.template half<4 * Q + 1>(unit, 8)};
+  out[2] = {decoder.template half<4 * Q + 2>(unit, 0), decoder.template half<4 * Q + 2>(unit, 8)};
+  out[3] = {decoder.template half<4 * Q + 3>(unit, 0), decoder.template half<4 * Q + 3>(unit, 8)};
+}
+
 // 2 to 4 bits: a look-up in eight floats, which reads three index bits, and for 4 bits a second one chosen by the
 // fourth bit. The table repeats, so bits above the code's need no mask.
 template <int kBits>
@@ -119,10 +128,7 @@ struct NibbleDecoder {
 
   template <int Q>
   void decode(const uint8_t* unit, V16* out) const {
-    out[0] = {half<4 * Q>(unit, 0), half<4 * Q>(unit, 8)};
-    out[1] = {half<4 * Q + 1>(unit, 0), half<4 * Q + 1>(unit, 8)};
-    out[2] = {half<4 * Q + 2>(unit, 0), half<4 * Q + 2>(unit, 8)};
-    out[3] = {half<4 * Q + 3>(unit, 0), half<4 * Q + 3>(unit, 8)};
+    decode_columns<Q>(*this, unit, out);
   }
 };
 
@@ -148,10 +154,7 @@ struct NibbleIntDecoder {
 
   template <int Q>
   void decode(const uint8_t* unit, V16* out) const {
-    out[0] = {half<4 * Q>(unit, 0), half<4 * Q>(unit, 8)};
-    out[1] = {half<4 * Q + 1>(unit, 0), half<4 * Q + 1>(unit, 8)};
-    out[2] = {half<4 * Q + 2>(unit, 0), half<4 * Q + 2>(unit, 8)};
-    out[3] = {half<4 * Q + 3>(unit, 0), half<4 * Q + 3>(unit, 8)};
+    decode_columns<Q>(*this, unit, out);
   }
 };
 
