@@ -266,6 +266,9 @@ TEST(Integer, EmptyShapes) {
     Matrix no_rows(Format::parse("fp6"), 0, 8);
     Rows some(DType::f32, 2, 8);
     EXPECT_NO_THROW(run(no_rows, some, {}, DType::f32, activations));
+    Matrix whole(Format::parse("fp6"), 3, 8);
+    Rows none(DType::f32, 0, 8);
+    EXPECT_NO_THROW(run(whole, none, {1.0f, 2.0f, 3.0f}, DType::f32, activations));
   }
 }
 

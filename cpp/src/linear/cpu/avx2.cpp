@@ -98,8 +98,18 @@ inline void decode_columns(const D& decoder, const uint8_t* unit, V16* out) {
   out[3] = {decoder.template half<4 * Q + 3>(unit, 0), decoder.template half<4 * Q + 3>(unit, 8)};
 }
 
-// 2 to 4 bits: a look-up in eight floats, which reads three index bits, and for 4 bits a second one chosen by the
-// fourth bit. The table repeats, so bits above the code's need no mask.
+// The same by half<Q>(unit, side, columns): rows 0..7 (side 0) or 8..15 (side 1) of all four.
+template <int Q, typename D>
+inline void decode_halves(const D& decoder, const uint8_t* unit, V16* out) {
+  __m256 lo[4];
+  __m256 hi[4];
+  decoder.template half<Q>(unit, 0, lo);
+  decoder.template half<Q>(unit, 1, hi);
+  for (int j = 0; j < 4; ++j) out[j] = {lo[j], hi[j]};
+}
+
+// 2 and 3 bits, and nf4, which no two bytes hold: a look-up in eight floats, which reads three index bits, and for 4
+// bits a second one chosen by the fourth bit. The table repeats, so bits above the code's need no mask.
 template <int kBits>
 struct NibbleDecoder {
   static constexpr bool kUnsigned = true;
@@ -132,29 +142,39 @@ struct NibbleDecoder {
   }
 };
 
-// int4 and uint4: looked up as bytes, four columns of a row to a lane, each of which is shifted to the top and back.
-struct NibbleIntDecoder {
+// Words of two columns, even lanes' and odd lanes' first, as floats: bf16 is a float's upper half.
+inline void widen_pairs(__m256i pairs, __m256* even, __m256* odd) {
+  *even = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+  *odd = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(-65536)));
+}
+
+// Other elements of 4 bits: both bytes of the value as bf16, which holds it, are looked up.
+struct NibbleTableDecoder {
   static constexpr bool kUnsigned = true;
-  __m256i table;
+  __m256i low, high;
 
-  explicit NibbleIntDecoder(const ElementTables& tables) {
-    alignas(16) uint8_t bytes[16];
-    for (int i = 0; i < 16; ++i) bytes[i] = static_cast<uint8_t>(static_cast<int8_t>(tables.value[i]));
-    table = load_table(bytes);
-  }
+  explicit NibbleTableDecoder(const ElementTables& tables)
+      : low(load_table(tables.low)), high(load_table(tables.high)) {}
 
-  template <int K>
-  __m256 half(const uint8_t* unit, int row) const {
-    constexpr int kByte = K % 2 * 2 + K % 8 / 4;
-    __m256i codes = shift_words<-4 * (K / 2 % 2)>(load_256(unit + K / 8 * 64 + row * 4));
+  // A shift leaves four columns of a row in a lane, in this order.
+  static constexpr int column(int quarter, int j) { return quarter / 2 * 8 + quarter % 2 * 2 + j / 2 + j % 2 * 4; }
+
+  template <int Q>
+  void half(const uint8_t* unit, int side, __m256 (&columns)[4]) const {
+    __m256i codes = shift_words<-4 * (Q % 2)>(load_256(unit + Q / 2 * 64 + side * 32));
     codes = _mm256_and_si256(codes, _mm256_set1_epi8(15));
-    const __m256i values = _mm256_shuffle_epi8(table, codes);
-    return _mm256_cvtepi32_ps(_mm256_srai_epi32(shift_lanes<24 - 8 * kByte>(values), 24));
+    const __m256i lower = _mm256_shuffle_epi8(low, codes);
+    const __m256i upper = _mm256_shuffle_epi8(high, codes);
+    // Two rows in a 128-bit half, two lanes each.
+    const __m256 first = _mm256_castsi256_ps(_mm256_unpacklo_epi8(lower, upper));
+    const __m256 second = _mm256_castsi256_ps(_mm256_unpackhi_epi8(lower, upper));
+    widen_pairs(_mm256_castps_si256(_mm256_shuffle_ps(first, second, 0x88)), &columns[0], &columns[1]);
+    widen_pairs(_mm256_castps_si256(_mm256_shuffle_ps(first, second, 0xdd)), &columns[2], &columns[3]);
   }
 
   template <int Q>
   void decode(const uint8_t* unit, V16* out) const {
-    decode_columns<Q>(*this, unit, out);
+    decode_halves<Q>(*this, unit, out);
   }
 };
 
@@ -217,20 +237,13 @@ struct TableDecoder {
       sign = shift_words<6 - 2 * Q>(rest);
     }
     upper = _mm256_or_si256(upper, _mm256_and_si256(sign, _mm256_set1_epi8(-128)));
-    const __m256i pairs[2] = {_mm256_unpacklo_epi8(lower, upper), _mm256_unpackhi_epi8(lower, upper)};
-    for (int i = 0; i < 2; ++i) {
-      columns[2 * i] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs[i], 16));
-      columns[2 * i + 1] = _mm256_castsi256_ps(_mm256_and_si256(pairs[i], _mm256_set1_epi32(-65536)));
-    }
+    widen_pairs(_mm256_unpacklo_epi8(lower, upper), &columns[0], &columns[1]);
+    widen_pairs(_mm256_unpackhi_epi8(lower, upper), &columns[2], &columns[3]);
   }
 
   template <int Q>
   void decode(const uint8_t* unit, V16* out) const {
-    __m256 lo[4];
-    __m256 hi[4];
-    half<Q>(unit, 0, lo);
-    half<Q>(unit, 1, hi);
-    for (int j = 0; j < 4; ++j) out[j] = {lo[j], hi[j]};
+    decode_halves<Q>(*this, unit, out);
   }
 };
 
@@ -376,7 +389,8 @@ void find_decoder(const ElementTables& tables, Use use) {
     case 2: return use(Tag<NibbleDecoder<2>>{});
     case 3: return use(Tag<NibbleDecoder<3>>{});
     case 4:
-      if (!tables.is_fp && tables.integer_step == 1) return use(Tag<NibbleIntDecoder>{});
+      // All but a codebook's.
+      if (tables.is_fp || tables.integer_step == 1) return use(Tag<NibbleTableDecoder>{});
       return use(Tag<NibbleDecoder<4>>{});
     case 5: return find_pair_decoder<5>(tables, use);
     case 6: return find_pair_decoder<6>(tables, use);

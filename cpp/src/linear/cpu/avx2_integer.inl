@@ -10,6 +10,7 @@
 //   D::kSigned  the numbers are `magnitude` with the sign of the bytes of `sign` (0 only where the magnitude is);
 //               else they are `magnitude` and `sign` means nothing
 //   D::kChain   so many products of byte pairs of a unit fit in 16 bits: 2 * 127 * largest * kChain < 2^15
+//   D::kBias    of those with a sign: what makes them positive and below 2^7, or 0: nothing does
 
 struct Quads {
   __m256i magnitude, sign;
@@ -70,6 +71,7 @@ inline __m256i top_bits(const uint8_t* unit, int half) {
 template <int kBits>
 struct FpQuads {
   static constexpr bool kSigned = true;
+  static constexpr int kBias = kBits == 5 ? 28 : kBits == 6 ? 60 : 0;  // fp5_e2m2 and fp6_e2m3 have the largest
   static constexpr int kChain = kBits == 5 ? 4 : kBits == 6 ? 2 : 1;
   static constexpr int kTables = kBits == 8 ? 1 : 1 << (kBits - 5);
   __m256i table[kTables];
@@ -136,6 +138,7 @@ struct IntQuads {
 // int8, and uint8 less 128.
 struct ByteQuads {
   static constexpr bool kSigned = true;
+  static constexpr int kBias = 0;
   static constexpr int kChain = 1;
   __m256i flip;
   explicit ByteQuads(const ElementTables& tables) : flip(_mm256_set1_epi8(static_cast<char>(tables.integer_offset))) {}
@@ -147,23 +150,29 @@ struct ByteQuads {
   }
 };
 
-// A unit that was decoded into bytes, [quad][row][4], by D.
-template <typename D>
-struct DecodedQuads {
-  static constexpr bool kSigned = D::kSigned;
-  static constexpr int kChain = D::kChain;
-
-  template <int Q>
-  Quads decode(const uint8_t* unit, int half) const {
-    const __m256i values = load_256(unit + Q * 64 + half * 32);
-    return {kSigned ? _mm256_abs_epi8(values) : values, values};
-  }
-};
-
 inline __m256i broadcast(const void* p) {
   int32_t word = 0;
   __builtin_memcpy(&word, p, sizeof word);
   return _mm256_set1_epi32(word);
+}
+
+// sum += addend, in this order: the compiler would rather add all addends first, and has no registers for so many.
+inline void accumulate(__m256i& sum, __m256i addend) {
+  sum = _mm256_add_epi32(sum, addend);
+  asm("" : "+x"(sum));
+}
+
+// To 16 bits: even columns and odd ones.
+template <bool kSigned>
+[[gnu::always_inline]] inline void widen_quads(Quads quads, __m256i* even, __m256i* odd) {
+  if constexpr (kSigned) {
+    const __m256i values = _mm256_sign_epi8(quads.magnitude, quads.sign);
+    *even = _mm256_srai_epi16(_mm256_slli_epi16(values, 8), 8);
+    *odd = _mm256_srai_epi16(values, 8);
+  } else {
+    *even = _mm256_and_si256(quads.magnitude, _mm256_set1_epi16(0xff));
+    *odd = _mm256_srli_epi16(quads.magnitude, 8);
+  }
 }
 
 // sums[m] += x[m] . quad, both int16. x: [row][2 even columns, 2 odd ones].
@@ -171,19 +180,12 @@ template <bool kSigned, int kTile>
 [[gnu::always_inline]] inline void multiply_quad(Quads quads, const int16_t* x, __m256i (&sums)[kTile]) {
   __m256i even;
   __m256i odd;
-  if constexpr (kSigned) {
-    const __m256i values = _mm256_sign_epi8(quads.magnitude, quads.sign);
-    even = _mm256_srai_epi16(_mm256_slli_epi16(values, 8), 8);
-    odd = _mm256_srai_epi16(values, 8);
-  } else {
-    even = _mm256_and_si256(quads.magnitude, _mm256_set1_epi16(0xff));
-    odd = _mm256_srli_epi16(quads.magnitude, 8);
-  }
+  widen_quads<kSigned>(quads, &even, &odd);
 #pragma GCC unroll 4
   for (int m = 0; m < kTile; ++m) {
     const __m256i products = _mm256_madd_epi16(even, broadcast(x + m * 4));
-    sums[m] = _mm256_add_epi32(sums[m], products);
-    sums[m] = _mm256_add_epi32(sums[m], _mm256_madd_epi16(odd, broadcast(x + m * 4 + 2)));
+    accumulate(sums[m], products);
+    accumulate(sums[m], _mm256_madd_epi16(odd, broadcast(x + m * 4 + 2)));
   }
 }
 
@@ -198,7 +200,7 @@ template <typename D, int Q, int kTile>
     const __m256i products = _mm256_maddubs_epi16(quads.magnitude, values);
     pairs[m] = Q % D::kChain == 0 ? products : _mm256_add_epi16(pairs[m], products);
     if constexpr (Q % D::kChain == D::kChain - 1) {
-      sums[m] = _mm256_add_epi32(sums[m], _mm256_madd_epi16(pairs[m], _mm256_set1_epi16(1)));
+      accumulate(sums[m], _mm256_madd_epi16(pairs[m], _mm256_set1_epi16(1)));
     }
   }
 }
@@ -241,31 +243,21 @@ inline IntegerGroup load_group(const Weights& w, int64_t block, int64_t group) {
   return loaded;
 }
 
-// Bytes ahead of the unit at hand that are asked for, as in kernel.inl.
-constexpr int64_t kIntegerAhead = 1536;
-
-inline void prefetch_unit(const uint8_t* codes, int64_t unit_bytes) {
-  for (int64_t line = 0; line < unit_bytes; line += 64) __builtin_prefetch(codes + kIntegerAhead + line);
-}
-
-// Adds a segment of `units` units to the totals of a tile. x: the tile's values, from the segment on; x_sums: of these.
-template <typename D, typename T, int kTile, bool kPrefetch>
-[[gnu::always_inline]] inline void multiply_segment(const D& decoder, const uint8_t* codes, int64_t unit_bytes,
-                                                    int64_t units, const T* x, const int32_t* x_sums,
-                                                    const float* steps, const IntegerGroup& group, V16* totals) {
-  __m256i sums[2][kTile];
+// What the sums of a segment begin with: what their rows' offset will have added to them.
+template <int kTile>
+[[gnu::always_inline]] inline void start_sums(const IntegerGroup& group, const int32_t* x_sums,
+                                              __m256i (&sums)[2][kTile]) {
   for (int half = 0; half < 2; ++half) {
     for (int m = 0; m < kTile; ++m) {
       const __m256i offset = _mm256_mullo_epi32(group.offset[half], _mm256_set1_epi32(x_sums[m]));
       sums[half][m] = _mm256_sub_epi32(_mm256_setzero_si256(), offset);
     }
   }
-  for (int64_t unit = 0; unit < units; ++unit) {
-    if constexpr (kPrefetch) prefetch_unit(codes, unit_bytes);
-    multiply_unit<D, T, kTile>(decoder, codes, x, sums);
-    codes += unit_bytes;
-    x += 16 * kTile;
-  }
+}
+
+template <int kTile>
+[[gnu::always_inline]] inline void add_sums(const IntegerGroup& group, const float* steps,
+                                            const __m256i (&sums)[2][kTile], V16* totals) {
   for (int m = 0; m < kTile; ++m) {
     const V16 products = {_mm256_cvtepi32_ps(sums[0][m]), _mm256_cvtepi32_ps(sums[1][m])};
     totals[m] = add(totals[m], mul(mul(products, set1(steps[m])), group.scale));
@@ -306,58 +298,214 @@ void integer_direct(const Weights& w, const IntegerRows& x, const Output& out, i
     V16 totals[kTile];
     for (int m = 0; m < kTile; ++m) totals[m] = set1(0.0f);
     for_each_segment(w, block, [&](const IntegerGroup& group, int64_t number, int64_t unit, int64_t units) {
-      multiply_segment<D, T, kTile, true>(decoder, codes + unit * w.unit_bytes, w.unit_bytes, units,
-                                          values + unit * 16 * kTile, x.sums + number * kTile, x.steps, group, totals);
+      __m256i sums[2][kTile];
+      start_sums<kTile>(group, x.sums + number * kTile, sums);
+      for (const int64_t end_unit = unit + units; unit < end_unit; ++unit) {
+        const uint8_t* unit_codes = codes + unit * w.unit_bytes;
+        prefetch_unit(unit_codes, w.unit_bytes);
+        multiply_unit<D, T, kTile>(decoder, unit_codes, values + unit * 16 * kTile, sums);
+      }
+      add_sums<kTile>(group, x.steps, sums, totals);
     });
     store_totals(totals, kTile, out, block);
   }
 }
 
-template <typename D, int Q>
-inline void store_quads(const D& decoder, const uint8_t* unit, uint8_t* out) {
-  for (int half = 0; half < 2; ++half) {
-    const Quads quads = decoder.template decode<Q>(unit, half);
-    const __m256i bytes = D::kSigned ? _mm256_sign_epi8(quads.magnitude, quads.sign) : quads.magnitude;
-    _mm256_store_si256(reinterpret_cast<__m256i*>(out + Q * 64 + half * 32), bytes);
+// --- more rows: a segment is decoded once, into the cache, in the form that costs a row least -----------------------
+//
+//   Words      for int16: [quad][even columns, odd ones][row][2] in 16 bits
+//   Bytes      for int8, where a bias or the decoder's own offset leaves nothing negative: [quad][row][4] in 8 bits
+//   SignBytes  for int8: the same with a sign, which goes to x; an instruction more for each row
+
+inline void store_256(void* p, __m256i v) { _mm256_store_si256(static_cast<__m256i*>(p), v); }
+
+template <typename D>
+struct Words {
+  using Value = int16_t;
+  static constexpr int kUnitBytes = 512;
+  static constexpr int kBias = 0;
+
+  template <int Q>
+  static void store(const D& decoder, const uint8_t* unit, uint8_t* out) {
+    for (int half = 0; half < 2; ++half) {
+      __m256i even;
+      __m256i odd;
+      widen_quads<D::kSigned>(decoder.template decode<Q>(unit, half), &even, &odd);
+      store_256(out + Q * 128 + half * 32, even);
+      store_256(out + Q * 128 + 64 + half * 32, odd);
+    }
   }
-}
+
+  template <int kTile>
+  [[gnu::always_inline]] static void multiply(const uint8_t* unit, const int16_t* x, __m256i (&sums)[2][kTile]) {
+#pragma GCC unroll 8
+    for (int pair = 0; pair < 8; ++pair) {
+      const __m256i lo = load_256(unit + pair * 64);
+      const __m256i hi = load_256(unit + pair * 64 + 32);
+#pragma GCC unroll 4
+      for (int m = 0; m < kTile; ++m) {
+        const __m256i values = broadcast(x + pair / 2 * 4 * kTile + m * 4 + pair % 2 * 2);
+        accumulate(sums[0][m], _mm256_madd_epi16(lo, values));
+        accumulate(sums[1][m], _mm256_madd_epi16(hi, values));
+      }
+    }
+  }
+};
+
+template <typename D>
+struct Bytes {
+  using Value = int8_t;
+  static constexpr int kUnitBytes = 256;
+  static constexpr int kBias = [] {
+    if constexpr (D::kSigned) return D::kBias;
+    return 0;
+  }();
+  // As D::kChain, of what the bias makes twice as large.
+  static constexpr int kChain = kBias > 0 && D::kChain > 1 ? D::kChain / 2 : D::kChain;
+
+  template <int Q>
+  static void store(const D& decoder, const uint8_t* unit, uint8_t* out) {
+    for (int half = 0; half < 2; ++half) {
+      const Quads quads = decoder.template decode<Q>(unit, half);
+      __m256i values = quads.magnitude;
+      if constexpr (D::kSigned) {
+        values = _mm256_add_epi8(_mm256_sign_epi8(values, quads.sign), _mm256_set1_epi8(kBias));
+      }
+      store_256(out + Q * 64 + half * 32, values);
+    }
+  }
+
+  template <int kTile>
+  [[gnu::always_inline]] static void multiply(const uint8_t* unit, const int8_t* x, __m256i (&sums)[2][kTile]) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    if constexpr (kChain == 4) {
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        const __m256i w[4] = {load_256(unit + half * 32), load_256(unit + 64 + half * 32),
+                              load_256(unit + 128 + half * 32), load_256(unit + 192 + half * 32)};
+#pragma GCC unroll 4
+        for (int m = 0; m < kTile; ++m) {
+          __m256i pairs = _mm256_maddubs_epi16(w[0], broadcast(x + m * 4));
+#pragma GCC unroll 3
+          for (int quad = 1; quad < 4; ++quad) {
+            pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(w[quad], broadcast(x + (quad * kTile + m) * 4)));
+          }
+          accumulate(sums[half][m], _mm256_madd_epi16(pairs, ones));
+        }
+      }
+    } else {
+#pragma GCC unroll 4
+      for (int quad = 0; quad < 4; quad += kChain) {
+#pragma GCC unroll 4
+        for (int m = 0; m < kTile; ++m) {
+          const __m256i values = broadcast(x + (quad * kTile + m) * 4);
+          __m256i lo = _mm256_maddubs_epi16(load_256(unit + quad * 64), values);
+          __m256i hi = _mm256_maddubs_epi16(load_256(unit + quad * 64 + 32), values);
+          if constexpr (kChain == 2) {
+            const __m256i next = broadcast(x + ((quad + 1) * kTile + m) * 4);
+            lo = _mm256_add_epi16(lo, _mm256_maddubs_epi16(load_256(unit + quad * 64 + 64), next));
+            hi = _mm256_add_epi16(hi, _mm256_maddubs_epi16(load_256(unit + quad * 64 + 96), next));
+          }
+          accumulate(sums[0][m], _mm256_madd_epi16(lo, ones));
+          accumulate(sums[1][m], _mm256_madd_epi16(hi, ones));
+        }
+      }
+    }
+  }
+};
+
+template <typename D>
+struct SignBytes {
+  using Value = int8_t;
+  static constexpr int kUnitBytes = 256;
+  static constexpr int kBias = 0;
+
+  template <int Q>
+  static void store(const D& decoder, const uint8_t* unit, uint8_t* out) {
+    for (int half = 0; half < 2; ++half) {
+      const Quads quads = decoder.template decode<Q>(unit, half);
+      store_256(out + Q * 64 + half * 32, _mm256_sign_epi8(quads.magnitude, quads.sign));
+    }
+  }
+
+  template <int kTile>
+  [[gnu::always_inline]] static void multiply(const uint8_t* unit, const int8_t* x, __m256i (&sums)[2][kTile]) {
+    const __m256i ones = _mm256_set1_epi16(1);
+#pragma GCC unroll 4
+    for (int quad = 0; quad < 4; ++quad) {
+      const __m256i lo = load_256(unit + quad * 64);
+      const __m256i hi = load_256(unit + quad * 64 + 32);
+      const __m256i lo_magnitude = _mm256_abs_epi8(lo);
+      const __m256i hi_magnitude = _mm256_abs_epi8(hi);
+#pragma GCC unroll 4
+      for (int m = 0; m < kTile; ++m) {
+        const __m256i values = broadcast(x + (quad * kTile + m) * 4);
+        const __m256i lo_pairs = _mm256_maddubs_epi16(lo_magnitude, _mm256_sign_epi8(values, lo));
+        const __m256i hi_pairs = _mm256_maddubs_epi16(hi_magnitude, _mm256_sign_epi8(values, hi));
+        accumulate(sums[0][m], _mm256_madd_epi16(lo_pairs, ones));
+        accumulate(sums[1][m], _mm256_madd_epi16(hi_pairs, ones));
+      }
+    }
+  }
+};
 
 // A tile of a segment that has been decoded.
-template <typename D, typename T, int kTile>
-[[gnu::noinline]] void multiply_decoded(const uint8_t* bytes, int64_t units, const T* x, const int32_t* x_sums,
-                                        const float* steps, const IntegerGroup& group, V16* totals) {
-  multiply_segment<DecodedQuads<D>, T, kTile, false>({}, bytes, 256, units, x, x_sums, steps, group, totals);
+template <typename Decoded, int kTile>
+[[gnu::noinline]] void multiply_decoded(const uint8_t* codes, int64_t units, const typename Decoded::Value* x,
+                                        const int32_t* x_sums, const float* steps, const IntegerGroup& group,
+                                        V16* totals) {
+  __m256i sums[2][kTile];
+  start_sums<kTile>(group, x_sums, sums);
+  for (int64_t unit = 0; unit < units; ++unit) {
+    Decoded::template multiply<kTile>(codes, x, sums);
+    codes += Decoded::kUnitBytes;
+    x += 16 * kTile;
+  }
+  add_sums<kTile>(group, steps, sums, totals);
 }
 
-// More tiles: a segment is decoded once, into the cache.
-template <typename D, typename T>
-void integer_tiles(const Weights& w, const IntegerRows& x, const Output& out, int64_t begin, int64_t end) {
+template <typename D, typename Decoded>
+void decoded_tiles(const Weights& w, const IntegerRows& x, const Output& out, int64_t begin, int64_t end) {
+  using T = typename Decoded::Value;
   const D decoder(*w.tables);
-  alignas(64) uint8_t bytes[kSegmentUnits * 256];
+  alignas(64) uint8_t decoded[kSegmentUnits * Decoded::kUnitBytes];
   V16 totals[kMaxIntegerRows];
   for (int64_t block = begin; block < end; ++block) {
     for (int m = 0; m < x.rows; ++m) totals[m] = set1(0.0f);
-    for_each_segment(w, block, [&](const IntegerGroup& group, int64_t number, int64_t unit, int64_t units) {
+    for_each_segment(w, block, [&](IntegerGroup group, int64_t number, int64_t unit, int64_t units) {
       for (int64_t u = 0; u < units; ++u) {
         const uint8_t* codes = w.codes + (block * w.units + unit + u) * w.unit_bytes;
+        uint8_t* unit_out = decoded + u * Decoded::kUnitBytes;
         prefetch_unit(codes, w.unit_bytes);
-        store_quads<D, 0>(decoder, codes, bytes + u * 256);
-        store_quads<D, 1>(decoder, codes, bytes + u * 256);
-        store_quads<D, 2>(decoder, codes, bytes + u * 256);
-        store_quads<D, 3>(decoder, codes, bytes + u * 256);
+        Decoded::template store<0>(decoder, codes, unit_out);
+        Decoded::template store<1>(decoder, codes, unit_out);
+        Decoded::template store<2>(decoder, codes, unit_out);
+        Decoded::template store<3>(decoder, codes, unit_out);
       }
+      for (__m256i& offset : group.offset) offset = _mm256_add_epi32(offset, _mm256_set1_epi32(Decoded::kBias));
       for (int m = 0; m < x.rows; m += kIntegerTile) {
         const int tile = x.rows - m < kIntegerTile ? x.rows - m : kIntegerTile;
         const T* values = static_cast<const T*>(x.values) + (m * w.units + unit * tile) * 16;
         const int32_t* sums = x.sums + m * x.segments + number * tile;
-        const auto multiply = tile == 1   ? multiply_decoded<D, T, 1>
-                              : tile == 2 ? multiply_decoded<D, T, 2>
-                              : tile == 3 ? multiply_decoded<D, T, 3>
-                                          : multiply_decoded<D, T, 4>;
-        multiply(bytes, units, values, sums, x.steps + m, group, totals + m);
+        const auto multiply = tile == 1   ? multiply_decoded<Decoded, 1>
+                              : tile == 2 ? multiply_decoded<Decoded, 2>
+                              : tile == 3 ? multiply_decoded<Decoded, 3>
+                                          : multiply_decoded<Decoded, 4>;
+        multiply(decoded, units, values, sums, x.steps + m, group, totals + m);
       }
     });
     store_totals(totals, x.rows, out, block);
+  }
+}
+
+template <typename D, typename T>
+void integer_tiles(const Weights& w, const IntegerRows& x, const Output& out, int64_t begin, int64_t end) {
+  if constexpr (sizeof(T) == 2) {
+    decoded_tiles<D, Words<D>>(w, x, out, begin, end);
+  } else if constexpr (!D::kSigned || Bytes<D>::kBias > 0) {
+    decoded_tiles<D, Bytes<D>>(w, x, out, begin, end);
+  } else {
+    decoded_tiles<D, SignBytes<D>>(w, x, out, begin, end);
   }
 }
 

@@ -9,6 +9,7 @@
 //   a decoder D               D(tables); template <int Q> void decode(const uint8_t* unit, V16 out[4]) const:
 //                             columns 4Q .. 4Q + 3 of a unit, 16 rows each, exact in float;
 //                             D::kUnsigned: it serves elements with a zero point
+//                             D::column(Q, j), where it has one, is the column that out[j] holds instead of 4Q + j
 //   find_decoder(tables, use) calls use(Tag<D>) for the element
 //
 // One arithmetic for all activations: fma on floats. bf16 dot products gain a few percent at one row, lose more from
@@ -77,6 +78,22 @@ void load_row(const void* row, Real type, int64_t count, float* out) {
   for (int64_t j = i; j < count; ++j) out[j] = values[j - i];
 }
 
+template <typename D>
+constexpr int column_of(int quarter, int j) {
+  if constexpr (requires { D::column(0, 0); }) {
+    return D::column(quarter, j);
+  } else {
+    return 4 * quarter + j;
+  }
+}
+
+// Software prefetch distance in bytes: far enough for memory, near enough to stay in the cache.
+constexpr int64_t kAhead = 1536;
+
+inline void prefetch_unit(const uint8_t* codes, int64_t unit_bytes) {
+  for (int64_t line = 0; line < unit_bytes; line += 64) __builtin_prefetch(codes + kAhead + line);
+}
+
 // --- direct: few rows of x, decoded weights go straight from registers to the arithmetic ---------------------
 
 // sums[m] += x[m] . (quarter Q of the unit), accumulator of a column: its number modulo kAccumulators.
@@ -91,7 +108,7 @@ template <int Q, int kTile, int kAccumulators, bool kZeros, typename D>
 #pragma GCC unroll 8
     for (int m = 0; m < kTile; ++m) {
       V16& sum = sums[m][j % kAccumulators];
-      sum = fma(column, set1(x[(4 * Q + j) * kTile + m]), sum);
+      sum = fma(column, set1(x[column_of<D>(Q, j) * kTile + m]), sum);
     }
   }
 }
@@ -101,8 +118,6 @@ void direct_tile(const Weights& w, const float* x, int rows, const Output& out, 
   // Accumulators hide the latency of fma; units per sum keep at most 16 steps in each.
   constexpr int kAccumulators = kTile == 1 ? 4 : kTile == 2 ? 2 : 1;
   constexpr int kUnitsPerSum = kAccumulators;
-  // Software prefetch distance in bytes: far enough for memory, near enough to stay in the cache.
-  constexpr int64_t kAhead = 1536;
   const D decoder(*w.tables);
   for (int64_t block = begin; block < end; ++block) {
     const uint8_t* unit_codes = w.codes + block * w.units * w.unit_bytes;
@@ -121,7 +136,7 @@ void direct_tile(const Weights& w, const float* x, int rows, const Output& out, 
         }
         const int64_t sum_end = unit + kUnitsPerSum < group_end ? unit + kUnitsPerSum : group_end;
         for (; unit < sum_end; ++unit) {
-          for (int64_t line = 0; line < w.unit_bytes; line += 64) __builtin_prefetch(unit_codes + kAhead + line);
+          prefetch_unit(unit_codes, w.unit_bytes);
           multiply_quarter<0, kTile, kAccumulators, kZeros>(decoder, unit_codes, x_unit, zeros, sums);
           multiply_quarter<1, kTile, kAccumulators, kZeros>(decoder, unit_codes, x_unit, zeros, sums);
           multiply_quarter<2, kTile, kAccumulators, kZeros>(decoder, unit_codes, x_unit, zeros, sums);
@@ -158,32 +173,55 @@ void direct(const Weights& w, const float* x, int rows, const Output& out, int64
 
 constexpr int kPanelCols = kPanelBlocks * 16;
 
-template <typename D>
-[[gnu::always_inline]] inline void decode_unit(const D& decoder, const uint8_t* unit, V16 (&columns)[16]) {
-  decoder.template decode<0>(unit, columns);
-  decoder.template decode<1>(unit, columns + 4);
-  decoder.template decode<2>(unit, columns + 8);
-  decoder.template decode<3>(unit, columns + 12);
+// Calls use(k, column) for the columns of quarter Q of a unit.
+template <int Q, typename D, typename Use>
+[[gnu::always_inline]] inline void decode_quarter(const D& decoder, const uint8_t* unit, const Use& use) {
+  V16 columns[4];
+  decoder.template decode<Q>(unit, columns);
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) use(column_of<D>(Q, j), columns[j]);
+}
+
+template <typename D, typename Use>
+[[gnu::always_inline]] inline void decode_unit(const D& decoder, const uint8_t* unit, const Use& use) {
+  decode_quarter<0>(decoder, unit, use);
+  decode_quarter<1>(decoder, unit, use);
+  decode_quarter<2>(decoder, unit, use);
+  decode_quarter<3>(decoder, unit, use);
 }
 
 template <typename D, bool kZeros>
 void panel(const Weights& w, int64_t block, int64_t unit, int count, float* panel_out, float* scales_out) {
   const D decoder(*w.tables);
   for (int b = 0; b < kPanelBlocks; ++b) {
-    const bool inside = block + b < w.blocks;
+    float* out = panel_out + b * 16;
+    float* scale_out = scales_out + b * 16;
+    if (block + b >= w.blocks) {
+      for (int k = 0; k < count * 16; ++k) store(out + k * kPanelCols, set1(0.0f));
+      for (int u = 0; u < count; ++u) store(scale_out + u * kPanelCols, set1(0.0f));
+      continue;
+    }
+    const uint8_t* codes = w.codes + ((block + b) * w.units + unit) * w.unit_bytes;
+    int64_t group = unit / w.units_per_group;
+    int64_t left = (group + 1) * w.units_per_group - unit;  // units of the group
+    V16 scale = load_scales(w, block + b, group);
+    V16 zeros = kZeros ? load_zeros(w, block + b, group) : set1(0.0f);
     for (int u = 0; u < count; ++u) {
-      float* out = panel_out + u * 16 * kPanelCols + b * 16;
-      if (!inside) {
-        for (int k = 0; k < 16; ++k) store(out + k * kPanelCols, set1(0.0f));
-        store(scales_out + u * kPanelCols + b * 16, set1(0.0f));
-        continue;
+      if (left == 0) {
+        ++group;
+        left = w.units_per_group;
+        scale = load_scales(w, block + b, group);
+        if (kZeros) zeros = load_zeros(w, block + b, group);
       }
-      const int64_t group = (unit + u) / w.units_per_group;
-      V16 columns[16];
-      decode_unit(decoder, w.codes + ((block + b) * w.units + unit + u) * w.unit_bytes, columns);
-      const V16 zeros = kZeros ? load_zeros(w, block + b, group) : set1(0.0f);
-      for (int k = 0; k < 16; ++k) store(out + k * kPanelCols, kZeros ? sub(columns[k], zeros) : columns[k]);
-      store(scales_out + u * kPanelCols + b * 16, load_scales(w, block + b, group));
+      --left;
+      prefetch_unit(codes, w.unit_bytes);
+      decode_unit(decoder, codes, [out, zeros](int k, V16 column) {
+        store(out + k * kPanelCols, kZeros ? sub(column, zeros) : column);
+      });
+      store(scale_out, scale);
+      codes += w.unit_bytes;
+      out += 16 * kPanelCols;
+      scale_out += kPanelCols;
     }
   }
 }
@@ -200,11 +238,12 @@ void transposed_panel(const Weights& w, int64_t block, int64_t unit, int count, 
         continue;
       }
       const int64_t group = (unit + u) / w.units_per_group;
-      V16 columns[16];
-      decode_unit(decoder, w.codes + ((block + b) * w.units + unit + u) * w.unit_bytes, columns);
       const V16 zeros = kZeros ? load_zeros(w, block + b, group) : set1(0.0f);
       const V16 scale = load_scales(w, block + b, group);
-      for (int k = 0; k < 16; ++k) store(tile[k], mul(kZeros ? sub(columns[k], zeros) : columns[k], scale));
+      const uint8_t* codes = w.codes + ((block + b) * w.units + unit + u) * w.unit_bytes;
+      decode_unit(decoder, codes, [&tile, zeros, scale](int k, V16 column) {
+        store(tile[k], mul(kZeros ? sub(column, zeros) : column, scale));
+      });
       for (int n = 0; n < 16; ++n) {
         for (int k = 0; k < 16; ++k) out[n * kPanelCols + k] = tile[k][n];
       }

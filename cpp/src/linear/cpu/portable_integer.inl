@@ -16,13 +16,11 @@ void integer_blocks(const Weights& w, const IntegerRows& x, const Output& out, i
         const int64_t segment_end = unit + kSegmentUnits < group_end ? unit + kSegmentUnits : group_end;
         int32_t sums[kMaxIntegerRows][16] = {};
         for (; unit < segment_end; ++unit) {
-          V16 columns[16];
-          decode_unit(decoder, w.codes + (block * w.units + unit) * w.unit_bytes, columns);
           int32_t integers[16][16];
-          for (int k = 0; k < 16; ++k) {
-            const V16 column = sub(mul(columns[k], inverse_step), zeros);
+          decode_unit(decoder, w.codes + (block * w.units + unit) * w.unit_bytes, [&](int k, V16 column) {
+            column = sub(mul(column, inverse_step), zeros);
             for (int r = 0; r < 16; ++r) integers[k][r] = static_cast<int32_t>(column[r]);
-          }
+          });
           for (int m = 0; m < x.rows; ++m) {
             const int tile = m / kIntegerTile * kIntegerTile;
             const int tile_rows = x.rows - tile < kIntegerTile ? x.rows - tile : kIntegerTile;
