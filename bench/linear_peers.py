@@ -1,5 +1,5 @@
-"""What bench/linear.py measures narrowgauge against: torch's own ops, and ONNX Runtime and OpenVINO where
-they are installed (`pip install onnxruntime onnx openvino`; neither is needed to run).
+"""What bench/linear.py measures narrowgauge against: torch's own ops, and ONNX Runtime, OpenVINO and ggml where they
+are installed (`pip install onnxruntime onnx openvino`, `pip install ggml_py`, which compiles; none is needed to run).
 
 Each function takes the weights [N, K] and how many gigabytes of copies to rotate, and returns Cases by name. A peer
 that is not there raises ImportError, which the caller reports as absent.
@@ -7,6 +7,8 @@ that is not there raises ImportError, which the caller reports as absent.
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -114,29 +116,121 @@ def onnxruntime(w: torch.Tensor, gigabytes: float) -> dict[str, Case]:
 
 
 def openvino(w: torch.Tensor, gigabytes: float) -> dict[str, Case]:
-    """u4 weights g128 with fp16 scales, decompressed by its plugin; its own threads."""
+    """u4 weights g128 and int8 weights by row, both with fp16 scales, decompressed by its plugin; its own threads."""
     import numpy as np
     import openvino as ov
     from openvino import opset13 as ops
 
     n, k = w.shape
-    codes, step = _nibbles(w)
     core = ov.Core()
     config = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
-    x = ops.parameter([-1, k], ov.Type.f32)
-    shape = [n, k // GROUP, GROUP]
+
+    def case(weights: Any, nbytes: int) -> Case:
+        x = ops.parameter([-1, k], ov.Type.f32)
+        decoded = ops.convert(ops.reshape(weights, ops.constant([n, k]), False), "f32")
+        model = ov.Model([ops.matmul(x, decoded, False, True)], [x])
+        requests = [
+            core.compile_model(model, "CPU", config).create_infer_request() for _ in range(copies(nbytes, gigabytes))
+        ]
+        return Case(requests, lambda x, request: request.infer([x.numpy()]), nbytes, torch.float32)
+
+    codes, step = _nibbles(w)
     packed = (codes[:, 0::2] | codes[:, 1::2] << 4).to(torch.uint8).numpy()
-    tensor = ov.Tensor(packed, ov.Shape(shape), ov.Type.u4)
-    weights = ops.subtract(ops.convert(ops.constant(tensor), "f16"), ops.constant(np.float16(8)))
-    weights = ops.multiply(weights, ops.constant(step.half().numpy()[..., None]))
-    weights = ops.convert(ops.reshape(weights, ops.constant([n, k]), False), "f32")
-    model = ov.Model([ops.matmul(x, weights, False, True)], [x])
-    nbytes = n * k // 2 + 2 * step.numel()
-    requests = [
-        core.compile_model(model, "CPU", config).create_infer_request() for _ in range(copies(nbytes, gigabytes))
-    ]
-    call = lambda x, request: request.infer([x.numpy()])  # noqa: E731
-    return {"openvino u4 g128": Case(requests, call, nbytes, torch.float32)}
+    tensor = ov.Tensor(packed, ov.Shape([n, k // GROUP, GROUP]), ov.Type.u4)
+    nibbles = ops.subtract(ops.convert(ops.constant(tensor), "f16"), ops.constant(np.float16(8)))
+    nibbles = ops.multiply(nibbles, ops.constant(step.half().numpy()[..., None]))
+
+    scale = (w.abs().amax(1, keepdim=True) / 127).half()
+    codes = (w / scale.float()).round().clamp(-127, 127).to(torch.int8)
+    octets = ops.multiply(ops.convert(ops.constant(codes.numpy()), "f16"), ops.constant(scale.numpy()))
+    return {
+        "openvino u4 g128": case(nibbles, n * k // 2 + 2 * step.numel()),
+        "openvino int8": case(octets, n * k + 2 * n),
+    }
 
 
-PEERS = {"onnxruntime": onnxruntime, "openvino": openvino}
+# --- ggml -----------------------------------------------------------------------------------------------------------
+
+_GGML_TYPES = {"ggml Q8_0": (8, 34, 32), "ggml Q6_K": (14, 210, 256), "ggml Q4_0": (2, 18, 32)}  # type, bytes, block
+
+
+def _ggml_library() -> ctypes.CDLL:
+    """The libraries that ggml_py brings, loaded without the package."""
+    import importlib.util
+
+    spec = importlib.util.find_spec("ggml")
+    if spec is None or spec.origin is None:
+        raise ImportError("no module ggml")
+    folder = os.path.join(os.path.dirname(spec.origin), "lib")
+    loaded = None
+    for name in ("libggml-base.so", "libggml-cpu.so", "libggml.so"):
+        loaded = ctypes.CDLL(os.path.join(folder, name), ctypes.RTLD_GLOBAL)
+    assert loaded is not None
+    return loaded
+
+
+def ggml(w: torch.Tensor, gigabytes: float) -> dict[str, Case]:
+    """ggml_mul_mat of quantised weights and fp32 x on its CPU backend, a graph for each copy and number of rows."""
+    library = _ggml_library()
+    pointer, size = ctypes.c_void_p, ctypes.c_size_t
+
+    class Params(ctypes.Structure):
+        _fields_ = (("mem_size", size), ("mem_buffer", pointer), ("no_alloc", ctypes.c_bool))
+
+    def function(name: str, result: Any, *arguments: Any) -> Any:
+        found = getattr(library, name)
+        found.restype, found.argtypes = result, arguments
+        return found
+
+    init = function("ggml_init", pointer, Params)
+    new = function("ggml_new_tensor_2d", pointer, pointer, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    product = function("ggml_mul_mat", pointer, pointer, pointer, pointer)
+    graph_of = function("ggml_new_graph", pointer, pointer)
+    expand = function("ggml_build_forward_expand", None, pointer, pointer)
+    data_of = function("ggml_get_data", pointer, pointer)
+    quantize = function(
+        "ggml_quantize_chunk", size, ctypes.c_int, pointer, pointer, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64,
+        pointer,
+    )  # fmt: skip
+    backend_of = function("ggml_backend_cpu_init", pointer)
+    set_threads = function("ggml_backend_cpu_set_n_threads", None, pointer, ctypes.c_int)
+    compute = function("ggml_backend_graph_compute", ctypes.c_int, pointer, pointer)
+    backend = backend_of()
+    set_threads(backend, torch.get_num_threads())
+
+    n, k = w.shape
+    cases = {}
+    for name, (kind, block_bytes, block) in _GGML_TYPES.items():
+        if k % block:
+            continue
+        nbytes = n * k // block * block_bytes
+        codes = torch.empty(nbytes, dtype=torch.uint8)
+        quantize(kind, w.contiguous().data_ptr(), codes.data_ptr(), 0, n, k, None)
+        count = copies(nbytes, gigabytes)
+        context = init(Params(count * (nbytes + 4096) + (1 << 20), None, False))
+        matrices = []
+        for _ in range(count):
+            matrices.append(new(context, kind, k, n))
+            ctypes.memmove(data_of(matrices[-1]), codes.data_ptr(), nbytes)
+        graphs: dict[tuple[int, int], tuple[Any, int, torch.Tensor]] = {}
+
+        def call(x: torch.Tensor, matrix: int, graphs: dict[tuple[int, int], Any] = graphs) -> torch.Tensor:
+            key = (len(x), matrix)
+            if key not in graphs:
+                memory = init(Params((1 << 20) + len(x) * (k + n) * 4, None, False))
+                rows = new(memory, 0, k, len(x))
+                graph = graph_of(memory)
+                result = product(memory, matrix, rows)
+                expand(graph, result)
+                floats = (ctypes.c_float * (len(x) * n)).from_address(data_of(result))
+                graphs[key] = (graph, data_of(rows), torch.frombuffer(floats, dtype=torch.float32).view(len(x), n))
+            graph, target, y = graphs[key]
+            ctypes.memmove(target, x.data_ptr(), x.numel() * 4)
+            compute(backend, graph)
+            return y  # type: ignore[no-any-return]
+
+        cases[name] = Case(matrices, call, nbytes, torch.float32)
+    return cases
+
+
+PEERS = {"onnxruntime": onnxruntime, "openvino": openvino, "ggml": ggml}
