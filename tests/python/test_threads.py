@@ -19,16 +19,17 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_many_threads_at_once() -> None:
+@pytest.mark.parametrize("activations", ["exact", "int16", "int8"])
+def test_many_threads_at_once(activations: str) -> None:
     q = ng.quantize(torch.randn(192, 576), ng.fp6).pack()
     xs = [torch.randn(1 + i % 5, 576) for i in range(64)]
-    expected = [ng.linear(x, q) for x in xs]
+    expected = [ng.linear(x, q, activations=activations) for x in xs]
     barrier = threading.Barrier(8)
 
     def work(start: int) -> bool:
         barrier.wait()
         order = [(start * 8 + i) % 64 for i in range(64)]
-        return all(torch.equal(ng.linear(xs[i], q), expected[i]) for i in order)
+        return all(torch.equal(ng.linear(xs[i], q, activations=activations), expected[i]) for i in order)
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(work, range(8)))
