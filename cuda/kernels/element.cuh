@@ -128,7 +128,7 @@ __device__ inline void divide_all(float (&x)[kLaneElements], const Divisor (&uni
 }
 
 // By the instruction, whatever the divisor; in a loop, since it is long, and rare, and needs many registers. The
-// elements go through shared memory, of which a tile of floats is needed.
+// elements go through shared memory, of which a tile of floats is needed, and which others may then not yet write to.
 __device__ inline void divide_slowly(float (&x)[kLaneElements], const Divisor (&unit)[2], uint4* staged, int lane) {
   write_floats<Source::f32>(x, staged, lane);  // read by the same lane only
 #pragma unroll 1
@@ -139,7 +139,6 @@ __device__ inline void divide_slowly(float (&x)[kLaneElements], const Divisor (&
     four = {quotient(four.x), quotient(four.y), quotient(four.z), quotient(four.w)};
   }
   read_floats<Source::f32>(staged, lane, x);
-  __syncwarp();
 }
 
 // 2^bits, which the compiler does not see through: it would undo what is multiplied and added in one instruction.
@@ -290,7 +289,7 @@ __device__ inline uint32_t stochastic_code(float q, uint32_t word, int zero, con
 }
 
 // As nearest_codes; `index` is the lane's first element in the matrix. A loop over quads, since four kinds of code
-// unrolled would be longer than all else: the quotients go through shared memory, of which a tile of floats is needed.
+// unrolled would be longer than all else: the quotients go through shared memory, as those of divide_slowly.
 __device__ inline void stochastic_codes(const float (&q)[kLaneElements], const int (&zero)[2], const Element& e,
                                         int64_t index, uint64_t seed, uint4* staged, int lane,
                                         uint32_t (&quad)[kQuads]) {
@@ -320,7 +319,6 @@ __device__ inline void stochastic_codes(const float (&q)[kLaneElements], const i
 #pragma unroll
     for (int i = 0; i < kQuads; ++i) quad[i] = i == j ? codes : quad[i];
   }
-  __syncwarp();
 }
 
 // --- to values -----------------------------------------------------------------------------------------------------

@@ -83,6 +83,7 @@ __device__ void load(const QuantizeArgs& args, int64_t row, int tile, uint4* sta
   const auto* from = static_cast<const uint8_t*>(args.weights) + (row * args.shape.stride + begin) * kSize<kType>;
   stage_floats<kType>(from, n, staged, lane);
   read_floats<kType>(staged, lane, x);
+  // sync: before codes, the next tile, or floats that are staged with 32 bits; stochastic codes of f32 have a later one
   __syncwarp();
   if (args.saturate) {
 #pragma unroll
@@ -145,11 +146,11 @@ __device__ void encode(const QuantizeArgs& args, int64_t row, int tile, uint4* s
       quad[j] = codes == 0 ? 0 : quad[j] << (32 - codes * element.bits) >> (32 - codes * element.bits);
     }
   }
+  if (kStochastic || !scales.fast) __syncwarp();  // elements were read from shared memory again
   write_stream(element.bits, quad, staged, lane);
   unstage_codes(staged, n, element.bits,
                 args.out.codes + row * shape.row_bytes + int64_t{tile} * (shape.tile_elements / 8 * element.bits),
                 lane);
-  __syncwarp();
 }
 
 __device__ float global_scale(const Arrays& arrays) {
@@ -274,6 +275,7 @@ __device__ void quantize_rows(const QuantizeArgs& args) {
   for (int tile = warp; tile < shape.tiles; tile += warps) {
     if (shape.tiles > warps) load<kType>(args, row, tile, staged[warp], lane, x);
     encode<kStochastic>(args, row, tile, staged[warp], lane, scales, x);
+    __syncwarp();
   }
 }
 
@@ -420,9 +422,10 @@ NG_KERNELS(dequantize, 4, DequantizeArgs, dequantize<kType, false>)
 NG_KERNELS(dequantize_sum, 2, DequantizeArgs, dequantize<kType, true>)
 
 // After matrix_range: the global scale in the place of the range it is made of.
-extern "C" __global__ void finish_global_scale(const __grid_constant__ ng::cuda::QuantizeArgs args) {
+extern "C" __global__ void __launch_bounds__(1, 1)
+    finish_global_scale(const __grid_constant__ ng::cuda::QuantizeArgs args) {
   *args.out.global_scale = ng::cuda::global_of({*args.out.global_scale, 0}, args);
 }
 
 // Moves what was found to where nothing else writes, for the host to read.
-extern "C" __global__ void take_found() { taken = atomicExch(&found, ng::cuda::kNothing); }
+extern "C" __global__ void __launch_bounds__(1, 1) take_found() { taken = atomicExch(&found, ng::cuda::kNothing); }

@@ -1,8 +1,9 @@
 // What collectives do with elements besides coding them: Hadamard blocks, error feedback, sums of elements that travel
 // as they are. Bit for bit as collective/wire.cpp.
 //
-// A warp has a block of 64 elements, two in each lane, and reads and writes each once. All of it moves data; types are
-// looked at when the kernel runs, alike for all threads.
+// A warp has a block of 64 elements, two in each lane, and reads and writes each once. Lanes speak by shuffles alone:
+// there is no shared memory, and nothing waits. All of it moves data; types are looked at when the kernel runs, alike
+// for all threads. As many blocks as fit on any multiprocessor leave a thread 40 registers.
 #include "kernels/ptx.cuh"
 #include "kernels/wire_args.hpp"
 
@@ -90,7 +91,7 @@ __device__ void hadamard(float (&x)[2], int count) {
 
 extern "C" {
 
-__global__ void __launch_bounds__(256) prepare(const __grid_constant__ ng::cuda::PrepareArgs args) {
+__global__ void __launch_bounds__(256, 6) prepare(const __grid_constant__ ng::cuda::PrepareArgs args) {
   const ng::cuda::Block block(args.n);
   float x[2] = {};
   block.each([&](int k, int64_t i) {
@@ -101,7 +102,7 @@ __global__ void __launch_bounds__(256) prepare(const __grid_constant__ ng::cuda:
   block.each([&](int k, int64_t i) { args.to[i] = x[k]; });
 }
 
-__global__ void __launch_bounds__(256) keep_error(const __grid_constant__ ng::cuda::KeepErrorArgs args) {
+__global__ void __launch_bounds__(256, 6) keep_error(const __grid_constant__ ng::cuda::KeepErrorArgs args) {
   const ng::cuda::Block block(args.n);
   float x[2] = {};
   block.each([&](int k, int64_t i) { x[k] = args.sent[i]; });
@@ -112,7 +113,7 @@ __global__ void __launch_bounds__(256) keep_error(const __grid_constant__ ng::cu
   });
 }
 
-__global__ void __launch_bounds__(256) finish(const __grid_constant__ ng::cuda::FinishArgs args) {
+__global__ void __launch_bounds__(256, 6) finish(const __grid_constant__ ng::cuda::FinishArgs args) {
   const ng::cuda::Block block(args.n);
   float x[2] = {};
   block.each([&](int k, int64_t i) {

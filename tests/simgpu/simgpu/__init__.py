@@ -9,13 +9,14 @@ from .launch import Hazard, Launch, SimError
 from .memory import Buffer, Device
 from .mutants import sync_mutants
 from .program import Program, compile, compile_text, load
-from .ptx import PtxError
+from .ptx import Kernel, PtxError
 
 __all__ = [
     "Buffer",
     "Case",
     "Device",
     "Hazard",
+    "Kernel",
     "Launch",
     "Program",
     "PtxError",

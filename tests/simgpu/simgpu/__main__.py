@@ -3,7 +3,8 @@ python -m simgpu report CASES.py|COUNTERS [KERNEL...]   what kernels cost
 
 CASES.py declares runs of kernels, see simgpu/cases.py; COUNTERS is a file that SIMGPU_COUNTERS named. A KERNEL is a
 part of a name. mutate fails if a synchronisation can be dropped unnoticed and no comment `// sync: why` stands beside
-it; one that a case does not reach may be caught by another case that inlines the same lines.
+it. One that no case of its kernel reaches may be caught in another kernel that inlines the same lines. Without a
+KERNEL, kernels of the same sources that synchronise and have no case are failures too.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ import sys
 
 from . import report
 from .cases import Case, load_cases
-from .mutants import judge
+from .mutants import judge, synchronisations
 
 
-def _mutate(cases: list[Case]) -> int:
-    verdicts = [(case.kernel, verdict) for case in cases for verdict in judge(case)]
-    # Kernels share source: what one case does not reach, another may.
+def _mutate(cases: list[Case], every: bool) -> int:
+    """every: these are all cases of the file."""
+    kernels: dict[tuple[object, ...], list[Case]] = {}
+    for case in cases:
+        kernels.setdefault((case.source, case.arch, case.flags, case.kernel), []).append(case)
+    verdicts = [(own[0].kernel, verdict) for own in kernels.values() for verdict in judge(own)]
+    # Kernels share source: what the cases of one do not reach, those of another may.
     caught = {(verdict.source, verdict.instruction) for _, verdict in verdicts if verdict.noticed}
     rows, survivors = [], 0
     for kernel, verdict in verdicts:
@@ -26,8 +31,18 @@ def _mutate(cases: list[Case]) -> int:
         outcome, reason = ("elsewhere", "caught in another kernel") if elsewhere else (verdict.outcome, verdict.reason)
         rows.append([outcome, kernel, verdict.source, verdict.instruction, reason])
     print(report.table(("outcome", "kernel", "source", "without", "reason"), rows))
-    print(f"\n{len(rows)} synchronisations of {len(cases)} kernels, {survivors} can be dropped unnoticed")
-    return 1 if survivors else 0
+    named = {kernel for *_, kernel in kernels}
+    missing = sorted(name for name in _synchronising(cases) if name not in named) if every else []
+    for name in missing:
+        print(f"\n{name} synchronises and has no case")
+    print(f"\n{len(rows)} synchronisations of {len(kernels)} kernels, {survivors} can be dropped unnoticed")
+    return 1 if survivors or missing else 0
+
+
+def _synchronising(cases: list[Case]) -> set[str]:
+    """The kernels with synchronisations in the programs of these cases."""
+    modules = {id(module): module for module in (case.program().module for case in cases)}.values()
+    return {kernel.name for module in modules for kernel in module.kernels.values() if synchronisations(kernel)}
 
 
 def main(arguments: list[str]) -> int:
@@ -43,7 +58,7 @@ def main(arguments: list[str]) -> int:
         print(f"{path} has no case of {' or '.join(names) or 'any kernel'}", file=sys.stderr)
         return 2
     if command == "mutate":
-        return _mutate(cases)
+        return _mutate(cases, every=not names)
     print(report.of_cases(cases))
     return 0
 

@@ -55,10 +55,11 @@ def case(
 
 
 def load_cases(path: str | Path) -> list[Case]:
-    """Those of a Python file, in its order."""
+    """Those of a Python file, alone or in lists, in its order."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if spec is None or spec.loader is None:
         raise ValueError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return [value for value in vars(module).values() if isinstance(value, Case)]
+    values = (value if isinstance(value, list) else [value] for value in vars(module).values())
+    return [each for value in values for each in value if isinstance(each, Case)]

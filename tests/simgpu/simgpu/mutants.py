@@ -28,18 +28,34 @@ _MBARRIER_WAIT = re.compile(r"mbarrier\.\w+_wait\S*\s+([^\s,]+),")
 _EXCUSE = re.compile(r"//\s*sync:\s*(.+?)\s*$")
 
 
-def sync_mutants(module: Module, kernel: Kernel) -> Iterator[tuple[list[Instruction], str]]:
-    """For every synchronisation of a kernel its instructions, of which loops may have several copies, and the module's
-    text without them. A wait for an mbarrier succeeds at once."""
+def synchronisations(kernel: Kernel) -> list[list[Instruction]]:
+    """Those of the CUDA source, as the copies that there are of each."""
     groups: dict[tuple[object, ...], list[Instruction]] = {}
     for ins in kernel.code:
         if _SYNCHRONISATION.match(ins.op):
             groups.setdefault((ins.op, ins.source or ins.line), []).append(ins)
-    for copies in groups.values():
-        text = module.text
+    return list(groups.values())
+
+
+def sync_mutants(module: Module, kernel: Kernel) -> Iterator[tuple[list[Instruction], str]]:
+    """For every synchronisation of a kernel its instructions, of which loops may have several copies, and the kernel's
+    module without them and without its other kernels, as text. A wait for an mbarrier succeeds at once."""
+    alone = _alone(module, kernel)
+    for copies in synchronisations(kernel):
+        text = alone
         for ins in copies:
             text = _without(text, ins)
         yield copies, text
+
+
+def _alone(module: Module, kernel: Kernel) -> str:
+    """Lines keep their numbers."""
+    lines = module.text.split("\n")
+    for other in module.kernels.values():
+        if other is not kernel:
+            first, last = other.lines
+            lines[first - 1 : last] = [""] * (last + 1 - first)
+    return "\n".join(lines)
 
 
 def _without(text: str, ins: Instruction) -> str:
@@ -75,34 +91,37 @@ class Verdict:
 
     @property
     def reason(self) -> str:
-        return self.noticed or self.excuse or ("nothing noticed" if self.executed else "the case does not execute it")
+        return self.noticed or self.excuse or ("nothing noticed" if self.executed else "no case executes it")
 
 
 class _Mutant(Program):
     """Loops that no longer end are stopped early."""
 
-    def __init__(self, text: str, max_steps: int) -> None:
-        super().__init__(text)
-        self.max_steps = max_steps
+    max_steps: int
 
     def launch(self, *args: Any, **options: Any) -> Launch:
         return super().launch(*args, **{"max_steps": self.max_steps, **options})
 
 
-def judge(case: Case) -> Iterator[Verdict]:
-    """Drops each synchronisation of a case's kernel in turn, and runs the case. Raises if the whole kernel fails it."""
-    program = case.program()
-    kernel = program.find(case.kernel)
-    launch = case.run(program).clean()
-    unexecuted = {line for line, _ in launch.unexecuted()}
-    for copies, mutant in sync_mutants(program.module, kernel):
-        try:
-            noticed = _noticed(case, _Mutant(mutant, 10 * launch.turns + 1000))
-        except AssertionError as error:
-            noticed = "wrong result: " + (str(error).strip().split("\n")[0] or "an assertion failed")
+def judge(cases: Sequence[Case]) -> Iterator[Verdict]:
+    """Drops each synchronisation of a kernel in turn, and runs those of its cases that execute it until one notices.
+    Raises if the whole kernel fails a case."""
+    program = cases[0].program()
+    kernel = program.find(cases[0].kernel)
+    launches = [(case, case.run(program).clean()) for case in cases]
+    unexecuted = [{line for line, _ in launch.unexecuted()} for _, launch in launches]
+    for copies, text in sync_mutants(program.module, kernel):
+        lines = {ins.line for ins in copies}
+        reaching = [each for each, missed in zip(launches, unexecuted, strict=True) if lines - missed]
+        noticed = ""
+        if reaching:
+            mutant = _Mutant(text)
+            for case, launch in reaching:
+                mutant.max_steps = 10 * launch.turns + 1000
+                if noticed := _noticed(case, mutant):
+                    break
         source = _source(program.module, copies[0])
-        executed = any(ins.line not in unexecuted for ins in copies)
-        yield Verdict(copies[0].text, _short(source), noticed, _excuse(source), executed)
+        yield Verdict(copies[0].text, _short(source), noticed, _excuse(source), bool(reaching))
 
 
 def _noticed(case: Case, mutant: Program) -> str:
@@ -112,6 +131,8 @@ def _noticed(case: Case, mutant: Program) -> str:
         first, *rest = str(error).split("\n")
         summary = rest[0] if first.endswith("hazards") else first.partition(": ")[2]
         return re.split(r" at address | by block | \(", summary)[0]
+    except AssertionError as error:
+        return "wrong result: " + (str(error).strip().split("\n")[0] or "an assertion failed")
     return ""
 
 

@@ -235,7 +235,7 @@ class _Parser:
             offset = (offset + alignment - 1) // alignment * alignment
             params.append(Param(name, alignment, width * int(count or 1), type_name, offset))
             offset += params[-1].size
-        self.kernel = Kernel(match.group(2), params, is_entry=match.group(1) == "entry")
+        self.kernel = Kernel(match.group(2), params, is_entry=match.group(1) == "entry", lines=(self.line, self.line))
         self.scopes = _Scopes()
         self.depth = 0
 
@@ -257,6 +257,7 @@ class _Parser:
             self.scopes.pop()
             return
         self._resolve_kernel()
+        self.kernel.lines = (self.kernel.lines[0], self.line)
         if self.kernel.is_entry:
             self.module.kernels[self.kernel.name] = self.kernel
         self.kernel = None

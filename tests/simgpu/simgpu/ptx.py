@@ -128,6 +128,7 @@ class Kernel:
     code: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     directives: dict[str, str] = field(default_factory=dict)
+    lines: tuple[int, int] = (0, 0)  # of the text, the first and the last
 
     @cached_property
     def accumulators(self) -> frozenset[str]:

@@ -1,70 +1,74 @@
-"""Small runs of the library's quantize and dequantize kernels, for `python -m simgpu mutate|report`."""
+"""Small runs of the library's kernels that code, pack and carry matrices, for `python -m simgpu mutate|report`.
+
+Every kernel runs on rows that are aligned and on rows that begin anywhere, whose edges and parts take other paths;
+quantizing ones also with scales so small that elements are divided slowly.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
 import simgpu
 from shipped import FLAGS
-from test_quantize import COLS, dequantize, quantize
+from test_pack import ELEMENTS, PackCase
+from test_quantize import COLS, SIZES, dequantize, quantize
+from test_wire import finish, keep_error, prepare
 
-SOURCE = "../../../cuda/kernels/sm80_quantize.cu"
-ROWS = 2
-ELEMENTS = ROWS * COLS
-
-
-@simgpu.case(SOURCE, "quantize_groups_bf16", elements=ELEMENTS, flags=FLAGS)
-def groups(program: simgpu.Program) -> simgpu.Launch:
-    return quantize(program, "quantize_groups", "bf16", 0, 6, 128, rows=ROWS).clean()
+ROWS, RAGGED = 2, 3001
 
 
-@simgpu.case(SOURCE, "quantize_groups_f32", elements=ELEMENTS, flags=FLAGS)
-def groups_of_a_codebook(program: simgpu.Program) -> simgpu.Launch:
-    return quantize(program, "quantize_groups", "f32", 3, 4, 64, rows=ROWS).clean()
+def declare(
+    image: str, kernel: str, elements: int, run: Callable[..., simgpu.Launch], *args: Any, **options: Any
+) -> simgpu.Case:
+    case = simgpu.case(f"../../../cuda/kernels/{image}.cu", kernel, elements=elements, flags=FLAGS)
+    return case(lambda program: run(program, *args, **options).clean())
 
 
-@simgpu.case(SOURCE, "quantize_groups_stochastic_f16", elements=ELEMENTS, flags=FLAGS)
-def groups_stochastic(program: simgpu.Program) -> simgpu.Launch:
-    return quantize(program, "quantize_groups_stochastic", "f16", 2, 4, 32, rows=ROWS).clean()
+# Runs of kinds of elements, bits, groups and lengths of rows. Codes of 4 and 8 bits are each a lane's own on their way
+# through shared memory; those of other widths share words and pieces.
+GROUPS = [
+    ((0, 6, 128, ROWS, COLS), {}),
+    ((2, 3, 32, ROWS, RAGGED), {}),
+    ((3, 4, 64, ROWS, COLS), {}),
+    ((0, 6, 128, ROWS, COLS), {"tiny": True}),
+]
+# Where the row is the group, rows of one tile for each warp and of several.
+ROW = [
+    ((1, 7, 0, ROWS, COLS), {}),
+    ((0, 6, 0, ROWS, RAGGED), {"warps": 2}),
+    ((1, 7, 0, ROWS, COLS), {"tiny": True}),
+]
+
+quantizing = [
+    declare("sm80_quantize", f"{name}_{dtype}", ROWS * args[-1], quantize, name, dtype, *args, **options)
+    for kernel, runs in (("quantize_groups", GROUPS), ("quantize_rows", ROW))
+    for name, dtype in product((kernel, f"{kernel}_stochastic"), SIZES)
+    for args, options in runs
+]
+ranges = [
+    declare("sm80_quantize", f"matrix_range_{dtype}", ROWS * cols, quantize, "matrix_range", dtype, 0, 4, 16, 4, cols)
+    for dtype, cols in product(SIZES, (COLS, RAGGED))
+]
+dequantizing = [
+    declare("sm80_quantize", f"{name}_{dtype}", ROWS * cols, dequantize, name, dtype, kind, bits, peers, ROWS, cols)
+    for (name, peers), dtype in product((("dequantize", 1), ("dequantize_sum", 2)), SIZES)
+    for kind, bits, cols in ((0, 6, COLS), (2, 5, RAGGED))
+]
 
 
-@simgpu.case(SOURCE, "quantize_rows_f16", elements=ELEMENTS, flags=FLAGS)
-def rows(program: simgpu.Program) -> simgpu.Launch:
-    return quantize(program, "quantize_rows", "f16", 1, 7, 0, rows=ROWS).clean()
+def pack(program: simgpu.Program, name: str, element: str, rows: int, cols: int) -> simgpu.Launch:
+    return PackCase(element, 32, "fp16", rows, cols).run(program, name)
 
 
-@simgpu.case(SOURCE, "dequantize_bf16", elements=ELEMENTS, flags=FLAGS)
-def back(program: simgpu.Program) -> simgpu.Launch:
-    return dequantize(program, "dequantize", "bf16", 0, 6, peers=1, rows=ROWS).clean()
+packing = [
+    declare("sm80_pack", f"{name}_{suffix}", 16 * 2100, pack, name, element, 16, 2100)
+    for element, suffix in zip(ELEMENTS, ("2", "3", "4", "nf4", "5", "6", "7", "8"), strict=True)
+    for name in ("pack_codes", "unpack_codes")
+] + [
+    declare("sm80_pack", name, 2 * 64 * 64, pack, name, "uint4", 64, 2048)
+    for name in ("pack_records", "unpack_records")
+]
 
-
-@simgpu.case(SOURCE, "dequantize_f32", elements=ELEMENTS, flags=FLAGS)
-def back_with_zeros(program: simgpu.Program) -> simgpu.Launch:
-    return dequantize(program, "dequantize", "f32", 2, 4, peers=1, rows=ROWS).clean()
-
-
-@simgpu.case(SOURCE, "dequantize_sum_f32", elements=ELEMENTS, flags=FLAGS)
-def sum_of_peers(program: simgpu.Program) -> simgpu.Launch:
-    return dequantize(program, "dequantize_sum", "f32", 0, 5, peers=4, rows=ROWS).clean()
-
-
-# Rows that begin anywhere, so that their edges and parts take the paths for what is not aligned.
-RAGGED = 3001
-
-
-@simgpu.case(SOURCE, "quantize_groups_f16", elements=ROWS * RAGGED, flags=FLAGS)
-def ragged_groups(program: simgpu.Program) -> simgpu.Launch:
-    return quantize(program, "quantize_groups", "f16", 2, 3, 32, rows=ROWS, cols=RAGGED).clean()
-
-
-@simgpu.case(SOURCE, "quantize_rows_f32", elements=ROWS * RAGGED, flags=FLAGS)
-def ragged_rows(program: simgpu.Program) -> simgpu.Launch:
-    return quantize(program, "quantize_rows", "f32", 0, 6, 0, rows=ROWS, cols=RAGGED).clean()
-
-
-@simgpu.case(SOURCE, "dequantize_f16", elements=ROWS * RAGGED, flags=FLAGS)
-def ragged_back(program: simgpu.Program) -> simgpu.Launch:
-    return dequantize(program, "dequantize", "f16", 3, 4, peers=1, rows=ROWS, cols=RAGGED).clean()
-
-
-@simgpu.case(SOURCE, "dequantize_sum_bf16", elements=ROWS * RAGGED, flags=FLAGS)
-def ragged_sum(program: simgpu.Program) -> simgpu.Launch:
-    return dequantize(program, "dequantize_sum", "bf16", 1, 7, peers=2, rows=ROWS, cols=RAGGED).clean()
+wire = [declare("sm80_wire", kernel.__name__, 1111, kernel, 1111) for kernel in (prepare, keep_error, finish)]

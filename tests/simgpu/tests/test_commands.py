@@ -46,10 +46,10 @@ def test_survivors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "turn.cu").write_text(SOURCE % "  // sync: for show")
     declaration = tmp_path / "turn_cases.py"
     declaration.write_text(DECLARATION)
-    verdicts = list(judge(simgpu.load_cases(declaration)[0]))
+    verdicts = list(judge(simgpu.load_cases(declaration)))
     # Either of the first two barriers may be dropped: the other does its work.
     assert [verdict.outcome for verdict in verdicts] == ["SURVIVED", "excused", "SURVIVED"]
-    assert [verdict.reason for verdict in verdicts] == ["nothing noticed", "for show", "the case does not execute it"]
+    assert [verdict.reason for verdict in verdicts] == ["nothing noticed", "for show", "no case executes it"]
     assert main(["mutate", str(declaration)]) == 1
     assert "3 synchronisations of 1 kernels, 2 can be dropped unnoticed" in capsys.readouterr().out
 
@@ -92,6 +92,23 @@ def test_what_a_case_does_not_reach_may_be_caught_elsewhere(tmp_path: Path, caps
     assert elsewhere[:2] == ["elsewhere", "turn_never"] and caught[:2] == ["caught", "turn_always"]
 
 
+def test_kernels_without_a_case_are_failures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "turn.cu").write_text(SHARED)
+    declaration = tmp_path / "turn_cases.py"
+    declaration.write_text(SHARED_DECLARATION.replace("never = ", "always = ", 1).replace("turn_never", "turn_always"))
+    assert main(["mutate", str(declaration)]) == 1
+    assert "turn_never synchronises and has no case" in capsys.readouterr().out
+
+
+def test_a_synchronisation_is_caught_by_any_case_of_its_kernel(tmp_path: Path) -> None:
+    (tmp_path / "turn.cu").write_text(SHARED)
+    declaration = tmp_path / "turn_cases.py"
+    declaration.write_text(SHARED_DECLARATION.replace("turn_never", "turn_always"))
+    never, always = simgpu.load_cases(declaration)
+    assert [verdict.outcome for verdict in judge([never])] == ["SURVIVED"]
+    assert [verdict.outcome for verdict in judge([never, always])] == ["caught"]
+
+
 def test_mutation_of_a_reduction(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["mutate", str(CASES), "reduce"]) == 0
     assert "read after write: no barrier between warps" in capsys.readouterr().out
@@ -100,8 +117,14 @@ def test_mutation_of_a_reduction(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.nightly
 @pytest.mark.parametrize("case", simgpu.load_cases(CASES), ids=lambda case: case.kernel)
 def test_every_synchronisation_is_needed(case: simgpu.Case) -> None:
-    survivors = [verdict for verdict in judge(case) if verdict.survived]
+    survivors = [verdict for verdict in judge([case]) if verdict.survived]
     assert not survivors
+
+
+@pytest.mark.nightly
+def test_every_synchronisation_of_the_library_is_needed() -> None:
+    """But of linear: see test_fpx_linear.py."""
+    assert main(["mutate", str(CASES.with_name("codec_cases.py"))]) == 0
 
 
 def test_report_of_cases(capsys: pytest.CaptureFixture[str]) -> None:
