@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -124,13 +124,24 @@ class Checkpointer:
             raise failure
         _open.add(self)
 
-    def save(self, step: int, state: Any, *, mode: str | None = None, overwrite: bool = False) -> bool:
+    def save(
+        self,
+        step: int,
+        state: Any,
+        *,
+        mode: str | None = None,
+        overwrite: bool = False,
+        lent: Sequence[_native.Tensor] = (),
+    ) -> bool:
         """Starts to save `state` as `step`; returns once it may change, True, or False if it was skipped.
 
         state: dicts, lists, tuples and other plain values with torch tensors, numpy arrays, ng.Tensors and QTensors at
         any depth. What lies on a GPU is copied in the background, in the order of its current stream: work that the
         stream is given after save() waits for that copy, save() does not.
         overwrite: replace the step if it exists; the new one is committed before the old one goes.
+        lent: ng.Tensors of the state that nobody writes until wait() returns, in either mode. They are read in the
+        background where they are, after the work that their stream had been given, without a copy of their own. They
+        count no changes: one that is written all the same is saved as a mixture, and nothing tells.
 
         What the save before failed with is raised here. TypeError or ValueError, with the place in the state, for what
         cannot be stored; CheckpointError if the step exists. Then nothing was started.
@@ -156,6 +167,7 @@ class Checkpointer:
             prepared = self._again(leaves, key)
             if prepared is None:
                 encoded = encode(state, self._formats, rank)
+            _check_lent(lent, [] if encoded is None else encoded.tensors)
         except Exception as error:
             failure = error
         if self._ranks is not None:
@@ -166,9 +178,9 @@ class Checkpointer:
             agreed = plan_alone(encoded)
         if prepared is None:
             assert encoded is not None
-            lent = frozenset(tensor.untyped_storage().data_ptr() for tensor in waiting)
+            attached = frozenset(tensor.untyped_storage().data_ptr() for tensor in waiting)
             adopted = frozenset() if self._adopter is None else self._adopter.storages
-            prepared = _prepare(agreed, rank, encoded.tensors, lent, adopted)
+            prepared = _prepare(agreed, rank, encoded.tensors, attached, adopted, frozenset(map(_where, lent)))
             self._repeat = Repeat.of(
                 leaves,
                 state,
@@ -316,6 +328,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Any]:
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
+Where = tuple[str, int, int]  # an ng.Tensor's device, address and bytes
+
+
 class _Prepared(NamedTuple):
     """A state ready for the native writer."""
 
@@ -328,8 +343,14 @@ class _Prepared(NamedTuple):
 
 
 def _prepare(
-    agreed: Plan, rank: int, tensors: list[Stored], lent: frozenset[int], adopted: frozenset[int]
+    agreed: Plan,
+    rank: int,
+    tensors: list[Stored],
+    attached: frozenset[int],
+    adopted: frozenset[int],
+    lent: frozenset[Where],
 ) -> _Prepared:
+    """attached, adopted: addresses of storages. lent: where tensors are."""
     parts: list[Any] = []
     watched: list[tuple[str, Any]] = []
     held: list[Any] = []
@@ -341,11 +362,12 @@ def _prepare(
         if region.stored not in dense:
             stored = tensors[region.stored]
             array = _dense(stored.array)
-            borrowed = bool(lent) and array is stored.array and _within(stored, lent)
-            if borrowed:
+            counted = bool(attached) and array is stored.array and _within(stored, attached)
+            if counted:
                 watched.extend((stored.name, source) for source in stored.sources)
+            borrowed = counted or (bool(lent) and isinstance(array, _native.Tensor) and _where(array) in lent)
             (held if borrowed else copies).append(array)
-            in_place = borrowed and _within(stored, adopted)
+            in_place = counted and _within(stored, adopted)
             dense[region.stored] = (_address(array), FILE_BYTES[stored.dtype], borrowed, in_place, _gpu(array))
             part_of[region.stored] = len(parts)
         address, itemsize, borrowed, in_place, gpu = dense[region.stored]
@@ -367,6 +389,19 @@ def _within(stored: Stored, storages: frozenset[int]) -> bool:
         is_torch(source) and not source.is_inference() and source.untyped_storage().data_ptr() in storages
         for source in stored.sources
     )
+
+
+def _where(tensor: _native.Tensor) -> Where:
+    return tensor.device, tensor.data_ptr(), tensor.nbytes
+
+
+def _check_lent(lent: Sequence[_native.Tensor], tensors: list[Stored]) -> None:
+    stored = {_where(each.array) for each in tensors if isinstance(each.array, _native.Tensor)} if lent else set()
+    for at, tensor in enumerate(lent):
+        if not isinstance(tensor, _native.Tensor):
+            raise TypeError(f"lent[{at}] is of type {type(tensor).__name__}, expected an ng.Tensor")
+        if _where(tensor) not in stored:
+            raise ValueError(f"lent[{at}] is no tensor of the state")
 
 
 def _dense(array: Any) -> Any:
