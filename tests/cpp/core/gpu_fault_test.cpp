@@ -5,8 +5,10 @@
 #include <string>
 
 #include "driver/kernel.hpp"
+#include "driver/pointer.hpp"
 #include "narrowgauge/device.hpp"
 #include "narrowgauge/error.hpp"
+#include "narrowgauge/memory.hpp"
 #include "narrowgauge/stream.hpp"
 
 namespace ng {
@@ -71,6 +73,21 @@ TEST_F(GpuFault, ALaunchThatIsRefused) {
   const cuda::Launch launch{"writes_to_null", cuda::find_kernel(image, "writes_to_null", 0), {1}, {4096}};
   expect_in(message_of([&] { cuda::launch(launch, Stream(0, nullptr), 1u); }),
             "launching writes_to_null on cuda:0 with 1x1x1 blocks of 4096x1x1 threads");
+}
+
+TEST_F(GpuFault, PointersOfAnotherDevice) {
+  if (cuda_device_count() < 2) GTEST_SKIP() << "there is one GPU";
+  DevicePool other(1);
+  void* block = other.allocate(64);
+  const cuda::ContextScope context(0);
+  try {
+    cuda::check_pointer(block, "x", 0, 1);
+    ADD_FAILURE() << "no error";
+  } catch (const InvalidArgument& error) {
+    expect_in(error.what(), "x lies on cuda:1; expected memory of cuda:0");
+  }
+  cuda::check_pointer(block, "x", 1, 64);
+  other.deallocate(block, 64);
 }
 
 // Last: the device is lost.
