@@ -7,7 +7,7 @@
 Ours are run as the installed library has them. One block is run with three numbers of columns. What it does is a
 constant and so much for each stage of 64 columns; that this is exact, and not a fit, is checked. The kernels of others
 are read from where they were unpacked: DeepSpeed has a copy of FP6-LLM's, AutoGPTQ of Marlin's. Instructions are those
-of PTX, of which ptxas may make fewer.
+of PTX, of which ptxas may make fewer; copies from register to register, which it gives the same register, are left out.
 """
 
 from __future__ import annotations
@@ -52,10 +52,19 @@ class Linear(NamedTuple):
         return self.fixed.plus(self.stage, stages)
 
 
+_COPY = re.compile(r"mov\.\w+ %(r|rd|rs|f)\d+, %(r|rd|rs|f)\d+")
+
+
+def _instructions(launch: simgpu.Launch) -> float:
+    """Of warps, copies from register to register left out."""
+    threads = launch.counters.threads
+    return sum(int(threads[i]) for i, each in enumerate(launch.kernel.code) if not _COPY.fullmatch(each.text)) / 32
+
+
 def counts_of(launches: Sequence[simgpu.Launch]) -> Counts:
     totals = [launch.totals for launch in launches]
     return Counts(
-        sum(each["thread_instructions"] for each in totals) / 32,
+        sum(map(_instructions, launches)),
         sum(kind["wavefronts"] for each in totals for kind in each["shared"].values()),
         sum(each["mma"] for each in totals),
         sum(kind["bytes"] for each in totals for kind in each["global"].values()),

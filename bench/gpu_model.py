@@ -34,20 +34,20 @@ LAYERS = {  # N, K
     "Phi-3-mini": [(9216, 3072), (3072, 3072), (16384, 3072), (3072, 8192)],
 }
 FORMATS = {"fp6": "fp6_e2m3:g128:fp16", "fp6 rows": "fp6_e3m2:row:fp16", "int4": "int4:g128:fp16"}
-TILES = [8, 16, 64, 128]  # rows of x, as in fpx_args.hpp
+TILES = [8, 16, 32, 64, 128]  # rows of x, as in fpx_args.hpp
 
 # --- peers: printed by gpu_counts.py ---------------------------------------------------------------------------------
 
 FP6_LLM = {
-    8: Linear(Counts(2112.0, 172, 0, 4608), Counts(3916.0, 232.0, 64.0, 13312.0)),
-    16: Linear(Counts(2520.0, 308, 0, 8704), Counts(3980.0, 272.0, 128.0, 14336.0)),
-    32: Linear(Counts(3400.0, 580, 0, 16896), Counts(4164.0, 352.0, 256.0, 16384.0)),
-    64: Linear(Counts(5104.0, 1124, 0, 33280), Counts(4548.0, 512.0, 512.0, 20480.0)),
+    8: Linear(Counts(2052.0, 172, 0, 4608), Counts(3916.0, 232.0, 64.0, 13312.0)),
+    16: Linear(Counts(2396.0, 308, 0, 8704), Counts(3980.0, 272.0, 128.0, 14336.0)),
+    32: Linear(Counts(3148.0, 580, 0, 16896), Counts(4164.0, 352.0, 256.0, 16384.0)),
+    64: Linear(Counts(4596.0, 1124, 0, 33280), Counts(4548.0, 512.0, 512.0, 20480.0)),
 }
 MARLIN = {
-    16: Linear(Counts(2576.0, 544, 0, 4096), Counts(759.25, 145.0, 64.0, 6272.0)),
-    32: Linear(Counts(3744.0, 896, 0, 16384), Counts(1682.5, 354.0, 256.0, 12544.0)),
-    64: Linear(Counts(5960.0, 1728, 0, 32768), Counts(2156.5, 514.0, 512.0, 16640.0)),
+    16: Linear(Counts(2312.0, 544, 0, 4096), Counts(757.25, 145.0, 64.0, 6272.0)),
+    32: Linear(Counts(3224.0, 896, 0, 16384), Counts(1678.5, 354.0, 256.0, 12544.0)),
+    64: Linear(Counts(4928.0, 1728, 0, 32768), Counts(2152.5, 514.0, 512.0, 16640.0)),
 }
 FP6_LLM_RESIDENT = {8: 5, 16: 4, 32: 3, 64: 2}  # 96, 120, 155 and 214 registers in 128 threads
 
@@ -167,7 +167,7 @@ def loop_instructions(kernels: dict[int, Linear], weight_rows: Callable[[int], i
 
 
 def instruction_table(counts: dict[str, dict[int, Linear]]) -> dict[str, list[float]]:
-    mine = {8: 64, 16: 64, 64: 256, 128: 128}  # rows of weights of a block
+    mine = {8: 64, 16: 64, 32: 128, 64: 256, 128: 128}  # rows of weights of a block
     table = {name: [loop_instructions(kernels, mine.__getitem__, m) for m in ROWS] for name, kernels in counts.items()}
     table["FP6-LLM"] = [loop_instructions(FP6_LLM, lambda tile: 256, m) for m in ROWS]
     table["Marlin"] = [loop_instructions(MARLIN, lambda tile: 128 if tile == 16 else 256, m) for m in ROWS]

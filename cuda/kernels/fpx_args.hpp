@@ -27,13 +27,14 @@ struct FpxTile {
   int stages;
   // Blocks that the registers of a multiprocessor must have room for, where weights are sums of so many terms.
   constexpr int resident(int terms) const {
+    if (warps == 2) return 4;  // of 64 threads with as many registers as a thread can have
     const int room = terms > 1 || x_rows > 8 ? 2 : 3;
     return teams == 1 || (terms > 2 && x_rows > 8) ? 1 : room;
   }
   constexpr int threads() const { return warps * teams * 32; }
   constexpr int weight_rows() const { return warps * blocks * 16; }
-  // Of static shared memory: scales of the rows of each warp.
-  constexpr int scratch_bytes() const { return warps * teams * kRecordSlots * blocks * 16 * 4; }
+  // Of static shared memory: scales of the rows of each warp, for two groups.
+  constexpr int scratch_bytes() const { return warps * teams * 2 * blocks * 16 * 4; }
   // Of floats, from one row of x to the next where sums meet in shared memory: without bank conflicts.
   constexpr int sum_pitch() const { return weight_rows() + 4; }
   constexpr int stage_bytes(int bits, int record_bytes) const {
@@ -46,8 +47,10 @@ struct FpxTile {
     return staged > sums ? staged : sums;
   }
 };
-inline constexpr FpxTile kTiles[] = {{8, 4, 1, 4, 3}, {16, 4, 1, 4, 3}, {64, 2, 8, 1, 3}, {128, 1, 8, 1, 3}};
-inline constexpr int kTileCount = 4;
+inline constexpr FpxTile kTiles[] = {
+    {8, 4, 1, 4, 3}, {16, 4, 1, 4, 3}, {32, 4, 2, 1, 3}, {64, 2, 8, 1, 3}, {128, 1, 8, 1, 3},
+};
+inline constexpr int kTileCount = 5;
 
 // Where results go, and what is done to sums on the way.
 struct FpxOutput {

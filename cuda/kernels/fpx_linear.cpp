@@ -32,28 +32,15 @@ using cuda::ContextScope;
 using cuda::FpxArgs;
 using cuda::FpxReal;
 using cuda::FpxScale;
+using Operand = cuda::FpxOperand;
 
 // --- kernels -------------------------------------------------------------------------------------------------------
 
-enum class Operand : uint8_t { f16, bf16, f16_wide };
-
-// Whether some values of the element are beyond fp16's. Those of fp8_e5m2 are not: its largest exponent is special.
-bool is_wide(const Element& e) {
-  return e.kind == ElementKind::fp && (e.exponent_bits > 5 || (e.exponent_bits == 5 && e.bits != 8));
-}
-
-// What decodes products of x with the element.
+// What multiplies x with the element.
 Operand operand_of(const Element& element, DType x) {
   NG_CHECK(x == DType::f16 || x == DType::bf16, InvalidArgument, "x is ", dtype_name(x),
            " on a device; expected float16 or bfloat16");
-  if (x == DType::bf16) return Operand::bf16;
-  return is_wide(element) ? Operand::f16_wide : Operand::f16;
-}
-
-// Numbers that a decoded weight is the sum of (kTerms of fpx_decode.cuh).
-int terms_of(const Element& element, Operand operand) {
-  if (element.kind != ElementKind::nf4) return 1;
-  return operand == Operand::f16 ? 2 : 3;
+  return cuda::fpx_operand(element, x == DType::bf16);
 }
 
 const cuda::Image& image_of(const Element& element, Operand operand) {
@@ -205,14 +192,7 @@ void set_x(const MatrixView& x, FpxArgs& args) {
 }
 
 void set_residual(const TensorView& tensor, const MatrixView& y, cuda::FpxOutput& out) {
-  const MatrixView residual = as_matrix(tensor, "residual");
-  NG_CHECK(residual.rows == y.rows && residual.cols == y.cols, InvalidArgument, "residual has shape ",
-           tensor.shape_str(), "; expected that of y, [", y.rows, ", ", y.cols, "]");
-  // Elements are read where they are replaced, or nowhere near.
-  const bool same_rows = y.rows <= 1 || residual.row_stride == y.row_stride;
-  NG_CHECK(residual.data != y.data || (residual.dtype == y.dtype && same_rows), InvalidArgument,
-           "residual starts where y does, as ", dtype_name(residual.dtype), " with rows ", residual.row_stride,
-           " elements apart; expected those of y, ", dtype_name(y.dtype), " and ", y.row_stride);
+  const MatrixView residual = as_residual(tensor, y);
   out.residual = residual.data;
   out.residual_stride = residual.row_stride;
   out.residual_type = real_type(residual.dtype, "residual");
@@ -244,7 +224,7 @@ CudaLinearPlan cuda_linear_plan(int64_t rows, const Format& format, int64_t n, i
   NG_CHECK(multiprocessors > 0, InvalidArgument, multiprocessors, " multiprocessors; expected at least 1");
   const Operand operand = operand_of(format.element, x);
   const CudaLayout layout(format, n, k);
-  const cuda::FpxPlan plan = cuda::fpx_plan(rows, n, k, format, multiprocessors);
+  const cuda::FpxPlan plan = cuda::fpx_plan(rows, n, k, format, operand, multiprocessors);
   const cuda::FpxTile& tile = cuda::kTiles[plan.tile];
   const auto record_bytes = static_cast<int>(layout.record_bytes);
   const int64_t quantum = cuda::fpx_quantum(format);
@@ -256,7 +236,7 @@ CudaLinearPlan cuda_linear_plan(int64_t rows, const Format& format, int64_t n, i
           .stage_bytes = tile.stage_bytes(format.element.bits, record_bytes),
           .teams = tile.teams,
           .shared_bytes = tile.shared_bytes(format.element.bits, record_bytes) + tile.scratch_bytes(),
-          .resident = tile.resident(terms_of(format.element, operand)),
+          .resident = tile.resident(cuda::fpx_terms(format.element, operand)),
           .splits = plan.splits,
           .blocks = int64_t{blocks(n, tile.weight_rows())} * blocks(rows, tile.x_rows) * plan.splits,
           .block_stages = std::min(layout.stages,
@@ -268,7 +248,11 @@ int64_t linear_workspace_bytes(int64_t rows, const Format& format, int64_t n, in
   canonical_bytes(format, n, k);  // checks n and k
   NG_CHECK(rows >= 0, InvalidArgument, "linear_workspace_bytes: ", rows, " rows; expected at least 0");
   if (rows == 0 || n == 0 || k == 0) return 0;
-  return workspace_bytes(cuda::fpx_plan(rows, n, k, format, multiprocessors(device)), rows, n);
+  const auto bytes = [&](bool is_bf16) {
+    const Operand operand = cuda::fpx_operand(format.element, is_bf16);
+    return workspace_bytes(cuda::fpx_plan(rows, n, k, format, operand, multiprocessors(device)), rows, n);
+  };
+  return std::max(bytes(false), bytes(true));
 }
 
 void linear(const TensorView& x_tensor, const PackedView& packed, const TensorView* bias, const TensorView* residual,
@@ -312,7 +296,7 @@ void linear(const TensorView& x_tensor, const PackedView& packed, const TensorVi
   cuda::FpxPlan plan;
   if (packed.cols > 0) {
     NG_CHECK(packed.data != nullptr, InvalidArgument, "linear: the packed weights are null");
-    plan = cuda::fpx_plan(x.rows, packed.rows, packed.cols, packed.format, multiprocessors(device));
+    plan = cuda::fpx_plan(x.rows, packed.rows, packed.cols, packed.format, operand, multiprocessors(device));
   }
   if (plan.splits > 1) {
     NG_CHECK(workspace != nullptr, InvalidArgument, "linear: the workspace is null; expected ",

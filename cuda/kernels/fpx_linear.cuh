@@ -46,23 +46,6 @@ __device__ __forceinline__ void store_result(const FpxOutput& out, int64_t m, in
 
 // --- the product ---------------------------------------------------------------------------------------------------
 
-// 1, 2 or a multiple of 4 words of shared memory, aligned to their size.
-template <int kWords>
-__device__ __forceinline__ void read_shared(const uint8_t* from, uint32_t* out) {
-  if constexpr (kWords >= 4) {
-#pragma unroll
-    for (int i = 0; i < kWords; i += 4) {
-      const auto four = *reinterpret_cast<const uint4*>(from + 4 * i);
-      out[i] = four.x, out[i + 1] = four.y, out[i + 2] = four.z, out[i + 3] = four.w;
-    }
-  } else if constexpr (kWords == 2) {
-    const auto two = *reinterpret_cast<const uint2*>(from);
-    out[0] = two.x, out[1] = two.y;
-  } else {
-    out[0] = *reinterpret_cast<const uint32_t*>(from);
-  }
-}
-
 template <typename Decoder, typename X, int kTileIndex>
 class FpxLinear {
  public:
@@ -82,6 +65,7 @@ class FpxLinear {
   static constexpr int kPitch = kTile.sum_pitch();
   static constexpr int kWarpRows = kBlocks * 16;
   static constexpr int kLaneRows = kBlocks * 2;
+  static constexpr int kLaneEntries = kWarpRows > 32 ? kWarpRows / 32 : 1;  // of scales that a lane decodes
   static constexpr int kScratch = kTile.scratch_bytes() / 4;
   static constexpr int kBlockThreads = kTile.threads();
 
@@ -93,8 +77,9 @@ class FpxLinear {
         thread_(threadIdx.x % kThreads),
         unit_(thread_ / 32 * kBlocks),
         stage_bytes_(kCodeBytes + kXBytes + kWeightTiles * kRecordSlots * args.record_bytes),
-        shared_(shared + team_ * kStages * stage_bytes_),
-        scratch_(scratch + threadIdx.x / 32 * kRecordSlots * kWarpRows) {}
+        group_slices_(args.group_slices),
+        shared_(ptx::shared_address(shared) + team_ * kStages * stage_bytes_),
+        scratch_(ptx::shared_address(scratch) + threadIdx.x / 32 * 2 * kWarpRows * 4) {}
 
   __device__ __forceinline__ void run(uint8_t* block_shared) {
     find_range();
@@ -125,13 +110,12 @@ class FpxLinear {
 
   // --- copies ---
 
-  // Copies stage `index` of the range into its place; groups that start in it with their records.
-  __device__ __forceinline__ void copy(int index, int slot) {
+  // Copies stage `index` of the range to a place of shared memory; groups that start in it with their records.
+  __device__ __forceinline__ void copy(int index, uint32_t to) {
     if (index < count_) {
-      uint8_t* to = shared_ + slot * stage_bytes_;
       copy_codes(to);
-      copy_x(to + kCodeBytes);
-      if (args_.record_bytes != 0) copy_records(to + kCodeBytes + kXBytes);
+      copy_x(to);
+      if (args_.record_bytes != 0) copy_records(to);
     }
     ptx::commit_copies();
   }
@@ -146,73 +130,97 @@ class FpxLinear {
     x_from_ = static_cast<const uint16_t*>(args_.x) + row * args_.x_stride + first_ * kStageCols + thread_ % 8 * 8;
     rows_left_ = args_.out.m - row;
     cols_left_ = args_.k - first_ * kStageCols - thread_ % 8 * 8;
+    const int group = first_ * kStageSlices / group_slices_;
+    const int record_tile = blockIdx.x * kWeightTiles + thread_ / 32;
+    has_record_ = record_tile < args_.tiles;
+    records_ = args_.records + lane_ * 16 +
+               (static_cast<int64_t>(has_record_ ? record_tile : 0) * args_.groups + group) * args_.record_bytes;
+    copies_record_ = ptx::kept(thread_ / 32 < kWeightTiles && lane_ * 16 < args_.record_bytes ? 1 : 0);
+    groups_to_copy_ = groups_left_ = args_.groups - group;
+  }
+
+  // Calls function with 0, kStep, ... as constants below kEnd.
+  template <int kEnd, int kStep, typename Function>
+  __device__ __forceinline__ static void each(const Function& function) {
+    [&]<int... kIndex>(std::integer_sequence<int, kIndex...>) {
+      (function(std::integral_constant<int, kIndex * kStep>{}), ...);
+    }(std::make_integer_sequence<int, (kEnd + kStep - 1) / kStep>());
   }
 
   // Each warp copies the codes that it will decode; those past the last row become zeros.
-  __device__ __forceinline__ void copy_codes(uint8_t* to) {
+  __device__ __forceinline__ void copy_codes(uint32_t to) {
     constexpr int kBytes = kBlocks * kUnitBytes;
-    const uint32_t place = ptx::shared_address(to + unit_ * kUnitBytes + lane_ * 16);
-#pragma unroll
-    for (int byte = 0; byte < kBytes; byte += 512) {
-      if (byte + 512 > kBytes && lane_ * 16 >= kBytes - byte) break;
+    const uint32_t place = to + words_at_;
+    each<kBytes, 512>([&](auto byte) {
+      if (byte + 512 > kBytes && lane_ * 16 >= kBytes - byte) return;
       if constexpr (kWeightTiles == 1) {
-        ptx::copy_async(place + byte, codes_ + byte);
+        ptx::copy_async<byte, byte>(place, codes_);
       } else {
-        ptx::copy_async(place + byte, codes_ + byte, has_weights_ ? 16 : 0);
+        ptx::copy_async<byte>(place, codes_ + byte, has_weights_ ? 16 : 0);
       }
-    }
+    });
     codes_ += kTileCodes;
   }
 
-  // Rows and columns that x does not have become zeros.
-  __device__ __forceinline__ void copy_x(uint8_t* to) {
+  // Rows and columns that x does not have become zeros. Chunk i of 8 columns of a row lies at i ^ row % 8.
+  __device__ __forceinline__ void copy_x(uint32_t to) {
     constexpr int kRowsAtOnce = kThreads / 8;
-    const int row = thread_ / 8;
+    static_assert(kRowsAtOnce == 4 || kRowsAtOnce % 8 == 0);
     const int present = min(max(cols_left_, 0), 8);
-#pragma unroll
-    for (int i = 0; i < kTile.x_rows; i += kRowsAtOnce) {
-      const int count = i < rows_left_ ? present : 0;
-      const uint16_t* from = count > 0 ? x_from_ + i * args_.x_stride : static_cast<const uint16_t*>(args_.x);
-      uint8_t* const at = to + (row + i) * 128 + (thread_ % 8 ^ (row + i) % 8) * 16;
-      if (args_.x_aligned) {
-        ptx::copy_async(ptx::shared_address(at), from, count * 2);
-      } else {
+    const uint32_t place = to + x_to_;
+    if (args_.x_aligned) {
+      const uint16_t* from = x_from_;
+      each<kTile.x_rows, kRowsAtOnce>([&](auto i) {
+        ptx::copy_async<i * 128>(i % 8 == 0 ? place : place ^ 64, from, i < rows_left_ ? present * 2 : 0);
+        from += kRowsAtOnce * args_.x_stride;
+      });
+    } else {
 #pragma unroll 1
-        for (int j = 0; j < 8; ++j) reinterpret_cast<uint16_t*>(at)[j] = j < count ? from[j] : uint16_t{0};
+      for (int i = 0; i < kTile.x_rows; i += kRowsAtOnce) {
+        const int count = i < rows_left_ ? present : 0;
+#pragma unroll 1
+        for (int j = 0; j < 8; ++j) {
+          const uint16_t value = j < count ? x_from_[i * args_.x_stride + j] : uint16_t{0};
+          ptx::store_shared_u16((i % 8 == 0 ? place : place ^ 64) + i * 128 + 2 * j, value);
+        }
       }
     }
     x_from_ += kStageCols;
     cols_left_ -= kStageCols;
   }
 
-  // Each warp copies the records of one tile of weights.
-  __device__ __forceinline__ void copy_records(uint8_t* to) {
-    for (; next_start_ < kStageSlices && next_group_ < args_.groups; next_start_ += args_.group_slices, ++next_group_) {
-      const int tile = thread_ / 32;
-      const int weight_tile = blockIdx.x * kWeightTiles + tile;
-      if (tile >= kWeightTiles || lane_ * 16 >= args_.record_bytes) continue;
-      const bool exists = weight_tile < args_.tiles;
-      const int64_t record = static_cast<int64_t>(exists ? weight_tile : 0) * args_.groups + next_group_;
-      uint8_t* place = to + (next_group_ % kRecordSlots * kWeightTiles + tile) * args_.record_bytes;
-      ptx::copy_async(ptx::shared_address(place + lane_ * 16), args_.records + record * args_.record_bytes + lane_ * 16,
-                      exists ? 16 : 0);
+  // Each warp copies the records of one tile of weights, one after the other in a stage.
+  __device__ __forceinline__ void copy_records(uint32_t to) {
+    uint32_t place = to + record_to_;
+#pragma unroll 1
+    for (; next_start_ < kStageSlices; next_start_ = --groups_to_copy_ > 0 ? next_start_ + group_slices_ : kEndless) {
+      if (copies_record_ != 0) ptx::copy_async(place, records_, kWeightTiles == 1 || has_record_ ? 16 : 0);
+      records_ += args_.record_bytes;
+      place += record_step_;
     }
     next_start_ -= kStageSlices;
   }
 
   // --- groups ---
 
-  // The record of a group, for the tile that the warp's rows are in.
-  __device__ __forceinline__ const uint8_t* record(const uint8_t* stage, int group) const {
-    const int tile = unit_ / kUnitsPerTile;
-    return stage + kCodeBytes + kXBytes + (group % kRecordSlots * kWeightTiles + tile) * args_.record_bytes;
+  __device__ __forceinline__ int scale_bytes() const {
+    return args_.scale == FpxScale::f32 ? 4 : args_.scale == FpxScale::f16 || args_.scale == FpxScale::bf16 ? 2 : 1;
   }
 
-  __device__ __forceinline__ float decode_scale(const uint8_t* from, int index) const {
-    if (args_.scale == FpxScale::f32) return reinterpret_cast<const float*>(from)[index];
-    if (args_.scale == FpxScale::f16) return ptx::from_f16(reinterpret_cast<const uint16_t*>(from)[index]);
-    if (args_.scale == FpxScale::bf16) return ptx::from_bf16(reinterpret_cast<const uint16_t*>(from)[index]);
-    const uint32_t code = from[index];
+  // The scales that the lane decodes of a record, from the first of them on.
+  __device__ __forceinline__ void decode_scales(float (&out)[kLaneEntries]) const {
+    if (args_.scale == FpxScale::f16) {
+      each<kLaneEntries, 1>([&](auto i) { out[i] = ptx::from_f16(ptx::load_shared_u16<2 * i>(scale_from_)); });
+    } else if (args_.scale == FpxScale::bf16) {
+      each<kLaneEntries, 1>([&](auto i) { out[i] = ptx::from_bf16(ptx::load_shared_u16<2 * i>(scale_from_)); });
+    } else if (args_.scale == FpxScale::f32) {
+      ptx::load_shared<kLaneEntries>(scale_from_, out);
+    } else {
+      each<kLaneEntries, 1>([&](auto i) { out[i] = decode_byte(ptx::load_shared_u8<i>(scale_from_)); });
+    }
+  }
+
+  __device__ __forceinline__ float decode_byte(uint32_t code) const {
     if (args_.scale == FpxScale::e8m0) {  // 2^(code - 127), 255 is NaN
       return __uint_as_float(code == 0 ? 0x00400000u : code == 255 ? 0x7fc00000u : code << 23);
     }
@@ -221,52 +229,53 @@ class FpxLinear {
     return (code & 0x80) != 0 ? -magnitude : magnitude;
   }
 
-  // Decodes the scales of the groups that start in a stage which has arrived, or of the first of the range: each warp
-  // those of its rows, into memory of its own.
-  __device__ __forceinline__ void decode_scales(const uint8_t* stage) {
+  // Of the group that starts: the warp decodes the scales of its rows into memory of its own, each lane some of them,
+  // and the lanes take those of their rows from there. What was there two groups ago has been read before the barrier
+  // of the last one. pre: load_zeros() for the same group.
+  __device__ __forceinline__ void start_group() {
     if (args_.scale == FpxScale::row) return;
-    // What was there has been read: before sync() that let the stage arrive.
-#pragma unroll 1
-    for (; scale_start_ < kStageSlices && scale_group_ < args_.groups;
-         scale_start_ += args_.group_slices, ++scale_group_) {
-      const uint8_t* from = record(stage, scale_group_);
-      float* to = scratch_ + scale_group_ % kRecordSlots * kWarpRows;
-#pragma unroll
-      for (int entry = 0; entry < kWarpRows; entry += 32) {
-        const int mine = entry + lane_;
-        if (kWarpRows < 32 && mine >= kWarpRows) break;
-        const int row = mine / kLaneRows * 2 * kUnitsPerTile + unit_ % kUnitsPerTile * 2 + mine % kLaneRows;
-        to[mine] = ptx::min_nan(decode_scale(from, row) * args_.fold, 0x1.fffffep127f);
-      }
+    if (kWarpRows >= 32 || lane_ < kWarpRows) {
+      float decoded[kLaneEntries];
+      decode_scales(decoded);
+      for (float& scale : decoded) scale = ptx::min_nan(scale * args_.fold, 0x1.fffffep127f);
+      ptx::store_shared<kLaneEntries>(scratch_to_, decoded);
     }
-    scale_start_ -= kStageSlices;
     __syncwarp();
+    float scales[kLaneRows];
+    each<kLaneRows, 4>(
+        [&](auto i) { ptx::load_shared < kLaneRows<4 ? kLaneRows : 4, 4 * i>(scratch_from_, scales + i); });
+    each_row([&](int block, int half) { scale_[block][half] = scales[2 * block + half]; });
+    scratch_to_ ^= kWarpRows * 4;
+    scratch_from_ ^= kWarpRows * 4;
+    scale_from_ += record_step_;
   }
 
-  // Of the current group.
-  __device__ __forceinline__ void load_scales() {
-    if (args_.scale == FpxScale::row) return;
-    uint32_t bits[kLaneRows];
-    read_shared<kLaneRows>(
-        reinterpret_cast<const uint8_t*>(scratch_ + group_ % kRecordSlots * kWarpRows + lane_ / 4 * kLaneRows), bits);
-    each_row([&](int block, int half) { scale_[block][half] = __uint_as_float(bits[2 * block + half]); });
-  }
-
-  __device__ __forceinline__ void load_zeros(const uint8_t* stage) {
+  __device__ __forceinline__ void load_zeros() {
     if constexpr (Decoder::kZeros) {
       if (args_.zeros < 0) return;
-      const uint8_t* from =
-          record(stage, group_) + args_.zeros + lane_ / 4 * 2 * kUnitsPerTile + unit_ % kUnitsPerTile * 2;
       uint32_t bits[kBlocks == 4 ? 2 : 1];
       if constexpr (kBlocks == 1) {
-        bits[0] = *reinterpret_cast<const uint16_t*>(from);
+        bits[0] = ptx::load_shared_u16(zeros_from_);
       } else {
-        read_shared<kBlocks / 2>(from, bits);
+        ptx::load_shared<kBlocks / 2>(zeros_from_, bits);
       }
       each_row([&](int block, int half) {
         const int byte = 2 * block + half;
         zero_[block][half] = Decoder::addend(bits[byte / 4] >> byte % 4 * 8 & 0xff);
       });
+      zeros_from_ += record_step_;
+    }
+  }
+
+  template <typename Function>
+  __device__ __forceinline__ static void each_sum(const Function& function) {
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) {
+#pragma unroll
+      for (int tile = 0; tile < kXTiles; ++tile) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) function(block, tile, i);
+      }
     }
   }
 
@@ -280,32 +289,27 @@ class FpxLinear {
   }
 
   // Adds the sums of the chain, times its scales, to the total.
-  __device__ __forceinline__ void end_chain() {
-#pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-#pragma unroll
-      for (int tile = 0; tile < kXTiles; ++tile) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          total_[block][tile][i] = fmaf(part_[block][tile][i], scale_[block][i / 2], total_[block][tile][i]);
-          part_[block][tile][i] = 0;
-        }
-      }
-    }
+  __device__ __forceinline__ void end_chain(bool starts_group) {
+    each_sum([&](int block, int tile, int i) {
+      total_[block][tile][i] = fmaf(part_[block][tile][i], scale_[block][i / 2], total_[block][tile][i]);
+    });
+    if (starts_group) start_group();
+    each_sum([&](int block, int tile, int i) { part_[block][tile][i] = ptx::zero(); });
   }
 
   // --- the pipeline ---
 
-  __device__ __forceinline__ void read_words(const uint8_t* stage) {
-#pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-      const uint8_t* unit = stage + (unit_ + block) * kUnitBytes;
-#pragma unroll
-      for (int i = 0; i + 4 <= kBits; i += 4) read_shared<4>(unit + i * 128 + lane_ * 16, words_[block] + i);
-      constexpr int kFours = kBits / 4 * 4;
-      if constexpr (kBits % 4 >= 2) read_shared<2>(unit + kFours * 128 + lane_ * 8, words_[block] + kFours);
-      if constexpr (kBits % 2 == 1) read_shared<1>(unit + (kBits - 1) * 128 + lane_ * 4, words_[block] + kBits - 1);
-    }
+  __device__ __forceinline__ void read_words(uint32_t stage) {
+    constexpr int kFours = kBits / 4 * 4;
+    const uint32_t fours = stage + words_at_;
+    each<kBlocks, 1>([&](auto block) {
+      constexpr int kUnit = block * kUnitBytes;
+      uint32_t* const words = words_[block];
+      each<kFours, 4>([&](auto i) { ptx::load_shared<4, kUnit + i * 128>(fours, words + i); });
+      if constexpr (kBits % 4 >= 2) ptx::load_shared<2, kUnit + kFours * 128>(fours - lane_ * 8, words + kFours);
+      if constexpr (kBits % 2 == 1)
+        ptx::load_shared<1, kUnit + (kBits - 1) * 128>(fours - lane_ * 12, words + kBits - 1);
+    });
   }
 
   template <int kSlice>
@@ -316,27 +320,25 @@ class FpxLinear {
     }
   }
 
-  // x of a slice as B operands; with 8 rows of x, of the next slice too.
+  // x of a slice as B operands; with 8 rows of x, of the next slice too. A place starts at a multiple of 128 bytes, so
+  // that the exchange of chunks is one of bits of the address.
   template <int kSlice>
-  __device__ __forceinline__ void read_x(const uint8_t* stage) {
-    const uint8_t* x = stage + kCodeBytes;
+  __device__ __forceinline__ void read_x(uint32_t stage) {
+    const uint32_t from = stage + x_at_ ^ kSlice * 32;
     if constexpr (kXTiles == 1) {
       if constexpr (kSlice % 2 == 0) {
-        const int row = lane_ % 8;
         uint32_t out[4];
-        ptx::load_matrices(out, ptx::shared_address(x + row * 128 + ((2 * kSlice + lane_ / 8) ^ row) * 16));
+        ptx::load_matrices<kCodeBytes>(out, from);
         set_x<0>(0, out[0], out[1]);
         set_x<1>(0, out[2], out[3]);
       }
     } else {
-#pragma unroll
-      for (int tile = 0; tile < kXTiles; tile += 2) {
-        const int row = (tile + lane_ / 16) * 8 + lane_ % 8;
+      each<kXTiles, 2>([&](auto tile) {
         uint32_t out[4];
-        ptx::load_matrices(out, ptx::shared_address(x + row * 128 + ((2 * kSlice + lane_ / 8 % 2) ^ lane_ % 8) * 16));
+        ptx::load_matrices<kCodeBytes + tile * 8 * 128>(out, from);
         set_x<0>(tile, out[0], out[1]);
         set_x<0>(tile + 1, out[2], out[3]);
-      }
+      });
     }
   }
 
@@ -381,8 +383,7 @@ class FpxLinear {
       step.ends_chain = true;
       if (group_left_ == 0) {
         step.starts_group = true;
-        ++group_;
-        group_left_ = group_ + 1 < args_.groups ? args_.group_slices : kEndless;
+        group_left_ = --groups_left_ > 0 ? group_slices_ : kEndless;
       }
       chain_left_ = min(group_left_, kChainSlices);
       group_left_ -= chain_left_;
@@ -390,72 +391,66 @@ class FpxLinear {
     return step;
   }
 
+  // The stage's groups from now on.
+  __device__ __forceinline__ void enter(uint32_t stage) {
+    read_words(stage);
+    if constexpr (Decoder::kZeros) zeros_from_ = stage + zeros_at_;
+    scale_from_ = stage + scale_at_;
+  }
+
   template <int kSlice>
-  __device__ __forceinline__ void slice(int index, int& slot) {
-    const uint8_t* stage = shared_ + slot * stage_bytes_;
+  __device__ __forceinline__ void slice(int index, uint32_t& stage) {
     read_x<kSlice>(stage);
     Step step;
     if constexpr (kSlice + 1 < kStageSlices) {
       step = next_slice();
-      if (step.starts_group) load_zeros(stage);
+      if (step.starts_group) load_zeros();
       decode_slice<kSlice + 1>();
     } else if (index + 1 < count_) {
       // All of this stage is in registers: its place is free for the stage that comes kStages later.
       ptx::wait_copies<kStages - 2>();
       sync();
-      copy(index + kStages, slot);
-      slot = slot + 1 == kStages ? 0 : slot + 1;
-      stage = shared_ + slot * stage_bytes_;
-      read_words(stage);
-      decode_scales(stage);
+      copy(index + kStages, stage);
+      stage += stage_bytes_;
+      if (stage == shared_ + kStages * stage_bytes_) stage = shared_;
+      enter(stage);
       step = next_slice();
-      if (step.starts_group) load_zeros(stage);
+      if (step.starts_group) load_zeros();
       decode_slice<0>();
     }
     multiply_slice<kSlice>();
     if (step.ends_chain) {
-      end_chain();
-      if (step.starts_group) load_scales();
+      end_chain(step.starts_group);
     }
   }
 
   __device__ __forceinline__ void multiply_range() {
-#pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-#pragma unroll
-      for (int tile = 0; tile < kXTiles; ++tile) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) part_[block][tile][i] = total_[block][tile][i] = 0;
-      }
-    }
+    each_sum([&](int block, int tile, int i) { part_[block][tile][i] = total_[block][tile][i] = 0; });
     if constexpr (Decoder::kZeros) {
       each_row([&](int block, int half) { zero_[block][half] = Decoder::default_addend(); });
     }
     each_row([&](int block, int half) { scale_[block][half] = 1; });
     if (count_ > 0) {
       find_sources();
-      group_ = first_ * kStageSlices / args_.group_slices;
-      next_group_ = scale_group_ = group_;
-      group_left_ = group_ + 1 < args_.groups ? args_.group_slices : kEndless;
+      group_left_ = --groups_left_ > 0 ? group_slices_ : kEndless;
       chain_left_ = min(group_left_, kChainSlices);
       group_left_ -= chain_left_;
 #pragma unroll 1
-      for (int i = 0; i < kStages; ++i) copy(i, i);
+      for (int i = 0; i < kStages; ++i) copy(i, shared_ + i * stage_bytes_);
       ptx::wait_copies<kStages - 1>();
       sync();
-      read_words(shared_);
-      decode_scales(shared_);
-      load_zeros(shared_);
-      load_scales();
+      uint32_t stage = shared_;
+      enter(stage);
+      load_zeros();
+      start_group();
       decode_slice<0>();
-      int slot = 0;
       for (int index = 0; index < count_; ++index) {
-        slice<0>(index, slot);
-        slice<1>(index, slot);
-        slice<2>(index, slot);
-        slice<3>(index, slot);
+        slice<0>(index, stage);
+        slice<1>(index, stage);
+        slice<2>(index, stage);
+        slice<3>(index, stage);
       }
-      end_chain();
+      end_chain(false);
     }
   }
 
@@ -501,22 +496,47 @@ class FpxLinear {
   const int thread_;  // of the team
   const int unit_;    // the warp's first 16 rows of weights
   const int stage_bytes_;
-  uint8_t* const shared_;  // of the team
-  float* const scratch_;   // of the warp: scales of its rows, for groups that start in a stage
+  const int group_slices_;
+  const uint32_t shared_;   // of the team, as all addresses here in shared memory
+  const uint32_t scratch_;  // of the warp: scales of its rows
+
+  // Where a stage has what the lane copies or reads.
+  static constexpr int kRecords = kCodeBytes + kXBytes;
+  const uint32_t words_at_ = ptx::kept(unit_ * kUnitBytes + lane_ * 16);
+  const uint32_t x_to_ = ptx::kept(kCodeBytes + thread_ / 8 * 128 + (thread_ % 8 ^ thread_ / 8 % 8) * 16);
+  const uint32_t x_at_ =
+      ptx::kept(kXTiles == 1 ? lane_ % 8 * 128 + (lane_ / 8 ^ lane_ % 8) * 16
+                             : (lane_ / 16 * 8 + lane_ % 8) * 128 + (lane_ / 8 % 2 ^ lane_ % 8) * 16);
+  const uint32_t record_to_ = ptx::kept(kRecords + thread_ / 32 * args_.record_bytes + lane_ * 16);
+  const uint32_t record_step_ = ptx::kept(kWeightTiles * args_.record_bytes);  // to the next group's
+  const uint32_t record_at_ = kRecords + unit_ / kUnitsPerTile * args_.record_bytes;
+  // A record has all rows of a tile; these are the first scale that the lane decodes, and the zero points of its rows.
+  const uint32_t scale_at_ =
+      ptx::kept(record_at_ + scale_bytes() * (kBlocks == 4 ? lane_ * kLaneEntries
+                                                           : lane_ / kLaneRows * 2 * kUnitsPerTile +
+                                                                 unit_ % kUnitsPerTile * 2 + lane_ % kLaneRows));
+  const uint32_t zeros_at_ =
+      ptx::kept(record_at_ + args_.zeros + lane_ / 4 * 2 * kUnitsPerTile + unit_ % kUnitsPerTile * 2);
+  // In scratch, which has room for two groups: where the lane's decoded scales go, and those of its rows.
+  uint32_t scratch_to_ = scratch_ + lane_ * kLaneEntries * 4;
+  uint32_t scratch_from_ = scratch_ + lane_ / 4 * kLaneRows * 4;
 
   const uint8_t* codes_ = nullptr;  // of the next stage that is copied
   const uint16_t* x_from_ = nullptr;
+  const uint8_t* records_ = nullptr;
   bool has_weights_ = true;
+  bool has_record_ = true;
+  uint32_t copies_record_ = 1;
   int rows_left_ = 0;  // from the lane's first row of x on
   int cols_left_ = 0;
 
   int first_ = 0;  // stages of the range
   int count_ = 0;
-  int next_group_ = 0;  // whose record is copied next; it starts next_start_ slices into the next stage
-  int next_start_ = 0;
-  int scale_group_ = 0;  // likewise, whose scales are decoded next
-  int scale_start_ = 0;
-  int group_ = 0;
+  int next_start_ = 0;       // slices into the next stage: where the group starts of which the record is copied next
+  int groups_to_copy_ = 0;   // it and those behind it
+  int groups_left_ = 0;      // behind the current one
+  uint32_t scale_from_ = 0;  // of the group that starts next
+  uint32_t zeros_from_ = 0;
   int chain_left_ = 0;  // slices
   int group_left_ = 0;  // after the chain
 
@@ -533,7 +553,7 @@ template <typename Decoder, typename X, int kTileIndex>
 __device__ __forceinline__ void fpx_linear(const FpxArgs& args) {
   extern __shared__ __align__(128) uint8_t shared[];
   using Linear = FpxLinear<Decoder, X, kTileIndex>;
-  __shared__ __align__(16) float scratch[Linear::kScratch];
+  __shared__ __align__(512) float scratch[Linear::kScratch];
   Linear(args, shared, scratch).run(shared);
 }
 

@@ -26,9 +26,29 @@ int64_t fpx_quantum(const Format& format) {
   return std::lcm(int64_t{kStageSlices}, int64_t{format.group} / kSliceCols) / kStageSlices;
 }
 
-FpxPlan fpx_plan(int64_t m, int64_t n, int64_t k, const Format& format, int multiprocessors) {
+FpxOperand fpx_operand(const Element& e, bool is_bf16) {
+  if (is_bf16) return FpxOperand::bf16;
+  // The largest exponent of fp8_e5m2 is special, so that its values are not beyond fp16's.
+  const bool is_wide = e.kind == ElementKind::fp && (e.exponent_bits > 5 || (e.exponent_bits == 5 && e.bits != 8));
+  return is_wide ? FpxOperand::f16_wide : FpxOperand::f16;
+}
+
+int fpx_terms(const Element& element, FpxOperand operand) {
+  if (element.kind != ElementKind::nf4) return 1;
+  return operand == FpxOperand::f16 ? 2 : 3;
+}
+
+bool fpx_has_tile(const Element& element, FpxOperand operand, int tile) {
+  const int rows = kTiles[tile].x_rows;
+  if (operand == FpxOperand::f16_wide) return rows != 16 && rows != 128;  // seldom used
+  return rows != 32 || fpx_terms(element, operand) < 3;                   // three terms do not fit in registers
+}
+
+FpxPlan fpx_plan(int64_t m, int64_t n, int64_t k, const Format& format, FpxOperand operand, int multiprocessors) {
   FpxPlan plan;
-  while (plan.tile + 1 < kTileCount && m > kTiles[plan.tile].x_rows) ++plan.tile;
+  for (int tile = 1; tile < kTileCount && m > kTiles[plan.tile].x_rows; ++tile) {
+    if (fpx_has_tile(format.element, operand, tile)) plan.tile = tile;
+  }
   const FpxTile& tile = kTiles[plan.tile];
   const int64_t blocks = ceil_div(n, tile.weight_rows()) * ceil_div(m, tile.x_rows);
   const int64_t quantum = fpx_quantum(format), quanta = ceil_div(ceil_div(k, kStageCols), quantum);

@@ -86,5 +86,8 @@ struct MatrixView {
 // Flattens `tensor`. Throws InvalidArgument, with `name` in the message, if it has no axes, null data with
 // elements, rows that are not dense, or leading axes that do not flatten to one stride.
 MatrixView as_matrix(const TensorView& tensor, const char* name);
+// What is added to y where it is written, in any order: of its shape, and y itself or apart from it. Throws
+// InvalidArgument.
+MatrixView as_residual(const TensorView& tensor, const MatrixView& y);
 
 }  // namespace ng

@@ -70,4 +70,16 @@ MatrixView as_matrix(const TensorView& tensor, const char* name) {
   return matrix;
 }
 
+MatrixView as_residual(const TensorView& tensor, const MatrixView& y) {
+  const MatrixView residual = as_matrix(tensor, "residual");
+  NG_CHECK(residual.rows == y.rows && residual.cols == y.cols, InvalidArgument, "residual has shape ",
+           tensor.shape_str(), "; expected that of y, [", y.rows, ", ", y.cols, "]");
+  // Elements are read where they are replaced, or nowhere near.
+  const bool same_rows = y.rows <= 1 || residual.row_stride == y.row_stride;
+  NG_CHECK(residual.data != y.data || (residual.dtype == y.dtype && same_rows), InvalidArgument,
+           "residual starts where y does, as ", dtype_name(residual.dtype), " with rows ", residual.row_stride,
+           " elements apart; expected those of y, ", dtype_name(y.dtype), " and ", y.row_stride);
+  return residual;
+}
+
 }  // namespace ng

@@ -57,7 +57,7 @@ TEST(CudaLinearPlan, SaysWhatIsLaunched) {
 TEST(CudaLinearPlan, ActivationsAndElementsChooseTheKernel) {
   EXPECT_EQ(cuda_linear_plan(16, kFp6, 64, 64, DType::bf16, 108).kernel, "fpx_linear_bf16_fp6_m16");
   EXPECT_EQ(cuda_linear_plan(17, Format::parse("fp8_e6m1"), 64, 64, DType::f16, 108).kernel,
-            "fpx_linear_f16_wide_fp8_m64");
+            "fpx_linear_f16_wide_fp8_m32");
   EXPECT_EQ(cuda_linear_plan(300, Format::parse("uint4"), 64, 64, DType::f16, 108).kernel, "fpx_linear_f16_int4_m128");
   const Format nf4 = Format::parse("nf4");
   EXPECT_EQ(cuda_linear_plan(1, nf4, 64, 64, DType::bf16, 108).kernel, "fpx_linear_bf16_nf4_m8");

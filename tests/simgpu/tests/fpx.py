@@ -16,6 +16,7 @@ BF16 = ml_dtypes.bfloat16
 TILES = {
     8: (4, 1, 4, 3),
     16: (4, 1, 4, 3),
+    32: (4, 2, 1, 3),
     64: (2, 8, 1, 3),
     128: (1, 8, 1, 3),
 }  # rows of x: row blocks, warps, teams, stages
