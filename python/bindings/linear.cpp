@@ -89,11 +89,11 @@ bool is_matrix(const TensorView& view) noexcept {
 // linear or its gradient, and what the argument is called.
 struct Product {
   const char* in;
-  void (*on_cpu)(const TensorView& in, const PackedView& weights, const TensorView* bias, const TensorView& out,
-                 Activations activations);
+  void (*on_cpu)(const TensorView& in, const PackedView& weights, const TensorView* bias, const TensorView* residual,
+                 const TensorView& out, Activations activations);
   // Null: it has no kernels there.
-  void (*on_gpu)(const TensorView& in, const PackedView& weights, const TensorView* bias, const TensorView& out,
-                 void* workspace, const Stream& stream);
+  void (*on_gpu)(const TensorView& in, const PackedView& weights, const TensorView* bias, const TensorView* residual,
+                 const TensorView& out, void* workspace, const Stream& stream);
 };
 
 int64_t rows_of(const TensorView& view) noexcept {
@@ -104,19 +104,22 @@ int64_t rows_of(const TensorView& view) noexcept {
 
 // Where the weights are; all else must be there too.
 nb::object apply(const Product& product, nb::handle in_object, const PackedMatrix& weights, nb::handle bias_object,
-                 nb::handle out_object, int64_t out_cols, Activations activations) {
+                 nb::handle out_object, int64_t out_cols, Activations activations, nb::handle residual_object) {
   const Where where = product.on_gpu != nullptr ? Where::anywhere : Where::host;
   const BorrowedTensor packed(weights.array(), "packed", Access::read, where);
   const Device device = packed.device();
   const BorrowedTensor in(in_object, product.in, Access::read, where);
   require_float(in.view(), product.in);
   require_device(in, device, product.in);
-  std::optional<BorrowedTensor> bias;
-  if (!bias_object.is_none()) {
-    bias.emplace(bias_object, "bias", Access::read, where);
-    require_float(bias->view(), "bias");
-    require_device(*bias, device, "bias");
-  }
+  const auto borrow = [&](nb::handle object, const char* name) -> std::optional<BorrowedTensor> {
+    if (object.is_none()) return std::nullopt;
+    std::optional<BorrowedTensor> borrowed(std::in_place, object, name, Access::read, where);
+    require_float(borrowed->view(), name);
+    require_device(*borrowed, device, name);
+    return borrowed;
+  };
+  const std::optional<BorrowedTensor> bias = borrow(bias_object, "bias");
+  const std::optional<BorrowedTensor> residual = borrow(residual_object, "residual");
   const dlpack::ExchangeApi* api = exchange_api(Py_TYPE(in_object.ptr()));
   std::optional<Allocated> allocated;
   std::optional<BorrowedTensor> out;
@@ -134,6 +137,7 @@ nb::object apply(const Product& product, nb::handle in_object, const PackedMatri
 
   const PackedView view = weights.view(packed);
   const TensorView* bias_view = bias ? &bias->view() : nullptr;
+  const TensorView* residual_view = residual ? &residual->view() : nullptr;
   if (!device.is_cpu()) {
     NG_CHECK(activations == Activations::exact, InvalidArgument, "activations are ", activations_name(activations),
              " on cuda:", device.gpu, "; expected exact, which is what GPUs have");
@@ -141,44 +145,50 @@ nb::object apply(const Product& product, nb::handle in_object, const PackedMatri
         linear_workspace_bytes(rows_of(in.view()), weights.format(), weights.rows(), weights.cols(), device.gpu);
     const Workspace workspace(api, bytes, in.stream());
     const nb::gil_scoped_release release;
-    product.on_gpu(in.view(), view, bias_view, result, workspace.data(), in.stream());
+    product.on_gpu(in.view(), view, bias_view, residual_view, result, workspace.data(), in.stream());
   } else if (in->numel() * out_cols < kKeepGilBelow) {
-    product.on_cpu(in.view(), view, bias_view, result, activations);
+    product.on_cpu(in.view(), view, bias_view, residual_view, result, activations);
   } else {
     const nb::gil_scoped_release release;
-    product.on_cpu(in.view(), view, bias_view, result, activations);
+    product.on_cpu(in.view(), view, bias_view, residual_view, result, activations);
   }
   return allocated ? std::move(allocated->object) : nb::borrow(out_object);
 }
 
-constexpr Product kLinear{
-    "x",
-    [](const TensorView& x, const PackedView& weights, const TensorView* bias, const TensorView& y,
-       Activations activations) { linear(x, weights, bias, y, default_executor(), activations); },
-    [](const TensorView& x, const PackedView& weights, const TensorView* bias, const TensorView& y, void* workspace,
-       const Stream& stream) { linear(x, weights, bias, nullptr, y, workspace, stream); }};
+constexpr Product kLinear{"x",
+                          [](const TensorView& x, const PackedView& weights, const TensorView* bias,
+                             const TensorView* residual, const TensorView& y, Activations activations) {
+                            linear(x, weights, bias, residual, y, default_executor(), activations);
+                          },
+                          [](const TensorView& x, const PackedView& weights, const TensorView* bias,
+                             const TensorView* residual, const TensorView& y, void* workspace,
+                             const Stream& stream) { linear(x, weights, bias, residual, y, workspace, stream); }};
 
-constexpr Product kBackward{"dy",
-                            [](const TensorView& dy, const PackedView& weights, const TensorView*, const TensorView& dx,
-                               Activations) { linear_backward_input(dy, weights, dx, default_executor()); },
-                            nullptr};
+constexpr Product kBackward{
+    "dy",
+    [](const TensorView& dy, const PackedView& weights, const TensorView*, const TensorView*, const TensorView& dx,
+       Activations) { linear_backward_input(dy, weights, dx, default_executor()); },
+    nullptr};
 
 }  // namespace
 
 void bind_linear(nb::module_& module) {
   module.def(
       "linear",
-      [](nb::handle x, const PackedMatrix& weights, nb::handle bias, nb::handle out, std::string_view activations) {
-        return apply(kLinear, x, weights, bias, out, weights.rows(), parse_activations(activations));
+      [](nb::handle x, const PackedMatrix& weights, nb::handle bias, nb::handle out, std::string_view activations,
+         nb::handle residual) {
+        return apply(kLinear, x, weights, bias, out, weights.rows(), parse_activations(activations), residual);
       },
       "x"_a, "weights"_a, "bias"_a.none() = nb::none(), "out"_a.none() = nb::none(), "activations"_a = "exact",
-      "y = x @ w.T + bias, where the weights are; on a GPU in the current stream of x's framework, and nothing waits. "
+      "residual"_a.none() = nb::none(),
+      "y = x @ w.T + bias + residual, where the weights are; on a GPU in the current stream of x's framework, and "
+      "nothing waits. "
       "`out` may be left out where x's framework can allocate by DLPack (torch).");
 
   module.def(
       "linear_backward_input",
       [](nb::handle dy, const PackedMatrix& weights, nb::handle out) {
-        return apply(kBackward, dy, weights, nb::none(), out, weights.cols(), Activations::exact);
+        return apply(kBackward, dy, weights, nb::none(), out, weights.cols(), Activations::exact, nb::none());
       },
       "dy"_a, "weights"_a, "out"_a.none() = nb::none(), "dx = dy @ w, on the CPU. `out` as for linear.");
 

@@ -4,7 +4,7 @@ The block is the buffer `packed` (u8, so that .to(dtype) leaves it alone); state
 instead (`weight.codes`, `weight.scales`, ..., and `weight.format`, the Format's name in ASCII) and loads them back.
 Modules that share a QTensor (a tied lm_head and embedding) share its memory. Like a parameter it moves with a module:
 .to("cuda") packs it anew for the GPU, in place, and the modules that share it share it there too. Linear runs on GPUs,
-with x in float16 or bfloat16 and no gradients; Embedding does not.
+with x in float16 or bfloat16; Embedding does not.
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ class _Narrow(torch.nn.Module):
 
 
 class Linear(_Narrow):
-    """y = x @ weight.T + bias, as torch.nn.Linear, with a narrow weight [out_features, in_features].
+    """y = x @ weight.T + bias, as torch.nn.Linear, with a narrow weight [out_features, in_features]; called with a
+    residual [..., out_features] as well, it is added, as by narrowgauge.linear.
 
     weight: a QTensor made from a torch tensor; it is packed, and shared with the caller. bias: [out_features] or None.
     activations: as for narrowgauge.linear; may be set later. save_model keeps it, state_dict does not.
@@ -136,14 +137,14 @@ class Linear(_Narrow):
         """Quantizes the weight of `module`; the bias is shared with it."""
         return cls(quantize(module.weight, format, search=search), module.bias, activations=activations)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         if type(x) is torch.Tensor and not torch.compiler.is_dynamo_compiling():
             return linear(  # type: ignore[no-any-return]
-                x, self.weight, self._parameters["bias"], activations=self.activations
+                x, self.weight, self._parameters["bias"], residual=residual, activations=self.activations
             )
         q = self._q
         return ops.linear(  # type: ignore[no-any-return]
-            x, self.packed, self.bias, q._name, q.rows, q.cols, self.activations
+            x, self.packed, self.bias, q._name, q.rows, q.cols, self.activations, residual
         )
 
     def extra_repr(self) -> str:

@@ -45,7 +45,7 @@ int main(int argc, char** argv) {
   ng::dequantize(q.canonical_view(), ng::TensorView(decoded.data(), ng::DType::f32, {n, k}), ng::default_executor());
 
   q = ng::pack(std::move(q));
-  ng::linear(x_view, q.packed_view(), nullptr, y_view, ng::default_executor());
+  ng::linear(x_view, q.packed_view(), nullptr, nullptr, y_view, ng::default_executor());
 
   double worst = 0;
   for (size_t row = 0; row < n; ++row) {
@@ -59,7 +59,7 @@ int main(int argc, char** argv) {
   if (argc == 2) write_directly(argv[1]);
 
   try {
-    ng::linear(ng::TensorView(x.data(), ng::DType::f32, {1, k - 1}), q.packed_view(), nullptr, y_view,
+    ng::linear(ng::TensorView(x.data(), ng::DType::f32, {1, k - 1}), q.packed_view(), nullptr, nullptr, y_view,
                ng::default_executor());
   } catch (const ng::InvalidArgument& error) {
     std::printf("C++: refused as it should be: %s\n", error.what());

@@ -123,6 +123,21 @@ def test_linear(xp: Any, format: str, shape: tuple[int, ...], dtype: str) -> Non
 
 
 @pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("rows", [3, 20])
+def test_residual(xp: Any, rows: int) -> None:
+    """Added in fp32 before y is rounded: what is left of y shows that the product was not rounded first."""
+    q, x = ng.quantize(normal(70, 130), ng.fp6), normal(rows, 130, dtype=np.float16)
+    there, on_cpu = q.__copy__().pack("cuda"), q.__copy__().pack()
+    residual = (-ng.linear(x.astype(np.float32), on_cpu)).astype(np.float16)
+    y = xp.get(ng.linear(xp.put(x), there, residual=xp.put(residual))).astype(float)
+    expected = x.astype(float) @ q.dequantize("float32").astype(float).T + residual.astype(float)
+    assert np.abs(y).max() < 2e-2 and np.abs(y - expected).max() < 2e-4
+    assert np.abs(ng.linear(x, on_cpu, residual=residual) - expected).max() < 2e-4
+    with pytest.raises(ValueError, match="residual is on device cpu, expected cuda:0, where q is"):
+        ng.linear(xp.put(x), there, residual=residual)
+
+
+@pytest.mark.usefixtures("kernels")
 def test_work_goes_to_the_current_stream() -> None:
     """Also that of a product whose columns are split, which needs a workspace; the same bits every time."""
     q, x = ng.quantize(normal(64, 4096), ng.fp6), normal(1, 4096, dtype=np.float16)

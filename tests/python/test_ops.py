@@ -23,11 +23,43 @@ def test_opcheck_linear(q: ng.QTensor, bias: bool, dtype: torch.dtype) -> None:
     b = torch.randn(48, dtype=dtype, requires_grad=True) if bias else None
     torch.library.opcheck(ng.ops.linear, (x, q.packed, b, *weights(q)))
     torch.library.opcheck(ng.ops.linear, (x, q.packed, b, *weights(q), "int8"))
+    residual = torch.randn(2, 3, 48, requires_grad=True)
+    torch.library.opcheck(ng.ops.linear, (x, q.packed, b, *weights(q), "exact", residual))
 
 
 def test_opcheck_linear_backward(q: ng.QTensor) -> None:
     dy = torch.randn(2, 48, requires_grad=True)
     torch.library.opcheck(ng.ops.linear_backward, (dy, q.packed, *weights(q)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_backward_by_dense_weights(q: ng.QTensor, dtype: torch.dtype) -> None:
+    """What GPUs run, on the CPU."""
+    dy = torch.randn(2, 3, 48).to(dtype)
+    dx = ng.ops._linear_backward_dense(dy, q.packed, *weights(q))
+    assert dx.shape == (2, 3, 96) and dx.dtype == dtype
+    assert torch.equal(dx, dy @ q.dequantize(torch.float32).to(dtype))
+
+
+def test_residual(q: ng.QTensor) -> None:
+    """Added before y is rounded, with a gradient of its own dtype, from the function, the module and vmap."""
+    x, bias = torch.randn(2, 3, 96), torch.randn(48)
+    plain, residual = ng.linear(x, q, bias), torch.randn(2, 3, 48, dtype=torch.bfloat16, requires_grad=True)
+    y = ng.linear(x, q, bias, residual=residual)
+    assert torch.equal(y, plain + residual)
+    assert torch.equal(ng.linear(x, q, bias, residual=residual.detach()), y)
+    assert torch.equal(ng.nn.Linear(q, bias)(x, residual), y)
+    assert torch.equal(torch.vmap(lambda a, b: ng.linear(a, q, bias, residual=b))(x, residual), y)
+    y.square().sum().backward()
+    assert residual.grad is not None and torch.equal(residual.grad, (2 * y.detach()).bfloat16())
+    strided = torch.randn(2, 48, 3).movedim(1, 2)
+    assert torch.equal(ng.linear(x, q, bias, residual=strided), plain + strided)
+    as_numpy = ng.linear(x.numpy(), q, residual=residual.detach().float().numpy())
+    assert torch.equal(torch.from_numpy(as_numpy), ng.linear(x, q, residual=residual.detach().float()))
+    with pytest.raises(ValueError, match=r"residual has shape \[48\], expected that of y, \[2, 3, 48\]"):
+        ng.linear(x, q, residual=bias)
+    with pytest.raises(TypeError, match="residual has dtype float64"):
+        ng.linear(x, q, residual=plain.double())
 
 
 def test_opcheck_gather(q: ng.QTensor) -> None:
@@ -93,13 +125,18 @@ def test_fake_tensors(q: ng.QTensor) -> None:
 
 def test_fake_tensors_on_a_gpu(q: ng.QTensor) -> None:
     """What torch.compile sees there. The kernel is registered; with torch it has not run."""
-    for name, found in (("linear", True), ("linear_backward", False), ("gather", False)):
+    for name, found in (("linear", True), ("linear_backward", True), ("gather", False)):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"narrowgauge::{name}", "CUDA") == found
     with FakeTensorMode():
         x = torch.empty(7, 96, dtype=torch.float16, device="cuda")
         packed, bias = torch.empty(64, dtype=torch.uint8, device="cuda"), torch.empty(48, device="cuda")
         y = ng.ops.linear(x, packed, bias, *weights(q))
         assert y.shape == (7, 48) and y.dtype == torch.float16 and y.device.type == "cuda"
+        assert ng.ops.linear(x, packed, bias, *weights(q), "exact", y.float()).shape == (7, 48)
+        with pytest.raises(RuntimeError, match=r"residual has shape \[48\], expected that of y, \[7, 48\]"):
+            ng.ops.linear(x, packed, None, *weights(q), "exact", bias)
+        dx = ng.ops.linear_backward(y, packed, *weights(q))
+        assert dx.shape == (7, 96) and dx.dtype == torch.float16 and dx.device.type == "cuda"
     with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(ValueError, match="expected cpu, where q is"):
         ng.linear(x, q)
 

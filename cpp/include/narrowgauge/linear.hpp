@@ -37,15 +37,16 @@ Activations parse_activations(std::string_view name);
 void check_activations(Activations activations, const Format& format);
 
 // x and y: f32, f16 or bf16 with dense rows (leading axes flatten); y may differ from x in type. bias: null, or
-// N elements of f32, f16 or bf16, dense. M = 0 or N = 0 do nothing; K = 0 gives the bias or zeros. x and y must not
-// overlap. Scratch of the calling thread is kept for the next call: at most 96 x K floats. Throws InvalidArgument.
-void linear(const TensorView& x, const PackedView& weights, const TensorView* bias, const TensorView& y,
-            Executor& executor, Activations activations = Activations::exact);
+// N elements of f32, f16 or bf16, dense. residual: null, or r [.., N] of f32, f16 or bf16 with dense rows, y itself or
+// apart from it: it is added before the result is rounded to y's type, and adds 2^-24 |b| to the bound. M = 0 or N = 0
+// do nothing; K = 0 gives b + r or zeros. x and y must not overlap. Scratch of the calling thread is kept for the next
+// call: at most 96 x K floats. Throws InvalidArgument.
+void linear(const TensorView& x, const PackedView& weights, const TensorView* bias, const TensorView* residual,
+            const TensorView& y, Executor& executor, Activations activations = Activations::exact);
 
-// y = x @ w.T + b + r on the stream's device, by Tensor Cores; within the same bound, to which a residual adds
-// 2^-24 |b|. All pointers are memory of that device: x (f16 or bf16) and y, weights that pack_cuda made (aligned to 128
-// bytes), bias, residual (null, or [.., N] of f32, f16 or bf16 with dense rows; y itself or apart from it), and the
-// workspace of linear_workspace_bytes() for the same shapes, null where that is 0; its contents do not matter, and
+// y = x @ w.T + b + r on the stream's device, by Tensor Cores; within the same bound. All pointers are memory of that
+// device: x (f16 or bf16) and y, weights that pack_cuda made (aligned to 128 bytes), bias, residual, and the workspace
+// of linear_workspace_bytes() for the same shapes, null where that is 0; its contents do not matter, and
 // calls on one stream may share it. The same bits every time. Nothing is allocated and nothing waits, so that it may be
 // captured into a graph, once a first call with this Format has loaded its kernels. A row of weights with a NaN or Inf
 // code gives NaN; where a group's scale is above 2^103 and activations are f16, it is taken as the largest float over

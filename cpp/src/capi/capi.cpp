@@ -243,7 +243,7 @@ ng_status ng_linear_rounded(const ng_tensor* x, const ng_qtensor* weights, const
     const ng::PackedView packed = checked(weights, "weights").tensor.packed_view();
     std::optional<ng::TensorView> bias_view;
     if (bias != nullptr) bias_view = view_of(bias, "bias");
-    ng::linear(input, packed, bias_view ? &*bias_view : nullptr, output, ng::default_executor(),
+    ng::linear(input, packed, bias_view ? &*bias_view : nullptr, /*residual=*/nullptr, output, ng::default_executor(),
                static_cast<ng::Activations>(activations));
   });
 }

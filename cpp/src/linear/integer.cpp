@@ -263,8 +263,12 @@ void integer_linear(const IntegerRowsOf& source, const cpu::Weights& w, UnitOrde
     const int64_t rows = std::min(pass_rows, source.x.rows - first);
     const cpu::IntegerRows x = pass.round(first, rows, executor);
     cpu::Output target = out;
-    const int64_t width = out.type == cpu::Real::f32 ? 4 : 2;
-    target.data = static_cast<std::byte*>(out.data) + first * out.row_stride * width;
+    const auto width = [](cpu::Real type) { return type == cpu::Real::f32 ? 4 : 2; };
+    target.data = static_cast<std::byte*>(out.data) + first * out.row_stride * width(out.type);
+    if (out.residual != nullptr) {
+      target.residual =
+          static_cast<const std::byte*>(out.residual) + first * out.residual_stride * width(out.residual_type);
+    }
     executor.parallel_for(w.blocks, task_grain(w.units, rows),
                           [&](int64_t begin, int64_t end) { multiply(w, x, target, begin, end); });
   }

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 #include "../quantize/layout.hpp"
@@ -230,9 +231,25 @@ void store_sums(const cpu::LinearKernels& k, const Panels& p, const cpu::Output&
   }
 }
 
-cpu::Output output_rows(const MatrixView& y, cpu::Real type, const float* bias, int64_t first) {
-  auto* data = static_cast<std::byte*>(y.data) + first * y.row_stride * static_cast<int64_t>(dtype_bytes(y.dtype));
-  return {data, y.row_stride, y.cols, type, bias};
+std::byte* row_of(const MatrixView& matrix, int64_t row) {
+  return static_cast<std::byte*>(matrix.data) +
+         row * matrix.row_stride * static_cast<int64_t>(dtype_bytes(matrix.dtype));
+}
+
+// residual: null, or of y's shape.
+cpu::Output output_rows(const MatrixView& y, const float* bias, const MatrixView* residual, int64_t first) {
+  cpu::Output out{};
+  out.data = row_of(y, first);
+  out.row_stride = y.row_stride;
+  out.cols = y.cols;
+  out.type = real_type(y.dtype, "y");
+  out.bias = bias;
+  if (residual != nullptr) {
+    out.residual = row_of(*residual, first);
+    out.residual_stride = residual->row_stride;
+    out.residual_type = real_type(residual->dtype, "residual");
+  }
+  return out;
 }
 
 // The bias as floats, padded to 16 columns; null if there is none.
@@ -264,11 +281,12 @@ CpuLinearPlan cpu_linear_plan(int64_t rows, const Format& format, int64_t n, int
 }
 
 void linear(const TensorView& x_tensor, const PackedView& packed, const TensorView* bias_tensor,
-            const TensorView& y_tensor, Executor& executor, Activations activations) {
+            const TensorView* residual_tensor, const TensorView& y_tensor, Executor& executor,
+            Activations activations) {
   const MatrixView x = as_matrix(x_tensor, "x");
   const MatrixView y = as_matrix(y_tensor, "y");
   const cpu::Real x_type = real_type(x.dtype, "x");
-  const cpu::Real y_type = real_type(y.dtype, "y");
+  real_type(y.dtype, "y");
   NG_CHECK(x.cols == packed.cols, InvalidArgument, "x has shape ", x_tensor.shape_str(), "; expected [.., ",
            packed.cols, "] for weights [", packed.rows, ", ", packed.cols, "]");
   NG_CHECK(y.rows == x.rows && y.cols == packed.rows, InvalidArgument, "y has shape ", y_tensor.shape_str(),
@@ -277,12 +295,16 @@ void linear(const TensorView& x_tensor, const PackedView& packed, const TensorVi
   const PackedLayout layout(packed.format, packed.rows, packed.cols);
   const cpu::LinearKernels& k = kernels();
   const float* bias = load_bias(k, bias_tensor, packed.rows);
+  std::optional<MatrixView> residual_rows;
+  if (residual_tensor != nullptr) residual_rows = as_residual(*residual_tensor, y);
+  const MatrixView* residual = residual_rows ? &*residual_rows : nullptr;
+  if (residual != nullptr) real_type(residual->dtype, "residual");
   if (x.rows == 0 || packed.rows == 0) return;
 
   const cpu::Weights w = weights_of(packed, layout);
   if (activations != Activations::exact) {
     const IntegerRowsOf rows{x, x_type, k.load_row, activations == Activations::int16};
-    integer_linear(rows, w, unit_order(packed.format.element), output_rows(y, y_type, bias, 0), executor);
+    integer_linear(rows, w, unit_order(packed.format.element), output_rows(y, bias, residual, 0), executor);
     return;
   }
   const cpu::DecodedKernels decoded = k.decoded(*w.tables, w.zeros != nullptr);
@@ -301,8 +323,8 @@ void linear(const TensorView& x_tensor, const PackedView& packed, const TensorVi
     if (second_rows > 0) {
       load_tiles(k, x, x_type, first_rows, second_rows, second_tile, padded_cols, second_x, executor);
     }
-    const cpu::Output first_out = output_rows(y, y_type, bias, 0);
-    const cpu::Output second_out = output_rows(y, y_type, bias, first_rows);
+    const cpu::Output first_out = output_rows(y, bias, residual, 0);
+    const cpu::Output second_out = output_rows(y, bias, residual, first_rows);
     executor.parallel_for(layout.blocks, plan.task_rows / kBlockRows, [&](int64_t begin, int64_t end) {
       decoded.direct(w, first_x, static_cast<int>(first_rows), first_out, begin, end);
       if (second_rows > 0) decoded.direct(w, second_x, static_cast<int>(second_rows), second_out, begin, end);
@@ -314,7 +336,7 @@ void linear(const TensorView& x_tensor, const PackedView& packed, const TensorVi
     const int64_t padded_rows = round_up(rows, k.tile_rows);
     float* x_tiles = scratch(0, static_cast<size_t>(padded_rows * padded_cols));
     load_tiles(k, x, x_type, first, rows, k.tile_rows, padded_cols, x_tiles, executor);
-    const cpu::Output out = output_rows(y, y_type, bias, first);
+    const cpu::Output out = output_rows(y, bias, residual, first);
     for_each_strip(k, layout.blocks, layout.units, rows, executor, [&](Panels& p, int64_t strip) {
       multiply_strip(k, p, x_tiles, rows, layout.units, true, [&](int64_t unit, int count) {
         decoded.panel(w, strip * k.panel_blocks, unit, count, p.panel.data(), p.scales.data());
@@ -329,7 +351,7 @@ void linear_backward_input(const TensorView& dy_tensor, const PackedView& packed
   const MatrixView dy = as_matrix(dy_tensor, "dy");
   const MatrixView dx = as_matrix(dx_tensor, "dx");
   const cpu::Real dy_type = real_type(dy.dtype, "dy");
-  const cpu::Real dx_type = real_type(dx.dtype, "dx");
+  real_type(dx.dtype, "dx");
   NG_CHECK(dy.cols == packed.rows, InvalidArgument, "dy has shape ", dy_tensor.shape_str(), "; expected [.., ",
            packed.rows, "] for weights [", packed.rows, ", ", packed.cols, "]");
   NG_CHECK(dx.rows == dy.rows && dx.cols == packed.cols, InvalidArgument, "dx has shape ", dx_tensor.shape_str(),
@@ -346,7 +368,7 @@ void linear_backward_input(const TensorView& dy_tensor, const PackedView& packed
     const int64_t padded_rows = round_up(rows, k.tile_rows);
     float* dy_tiles = scratch(0, static_cast<size_t>(padded_rows * padded_rows_of_w));
     load_tiles(k, dy, dy_type, first, rows, k.tile_rows, padded_rows_of_w, dy_tiles, executor);
-    const cpu::Output out = output_rows(dx, dx_type, nullptr, first);
+    const cpu::Output out = output_rows(dx, nullptr, nullptr, first);
     for_each_strip(k, layout.units, layout.blocks, rows, executor, [&](Panels& p, int64_t strip) {
       multiply_strip(k, p, dy_tiles, rows, layout.blocks, false, [&](int64_t block, int count) {
         decoded.transposed_panel(w, block, strip * k.panel_blocks, count, p.panel.data());

@@ -97,13 +97,13 @@ TEST_F(CApi, LinearEqualsTheCxxCall) {
   const auto packed = ng::pack(
       ng::QTensor::quantize(ng::TensorView(weights_.data(), ng::DType::f32, {kRows, kCols}), ng::Format::parse("fp6")));
   const ng::TensorView cxx_bias(bias.data(), ng::DType::f32, {kRows});
-  ng::linear(ng::TensorView(x.data(), ng::DType::f32, {batch, kCols}), packed.packed_view(), &cxx_bias,
+  ng::linear(ng::TensorView(x.data(), ng::DType::f32, {batch, kCols}), packed.packed_view(), &cxx_bias, nullptr,
              ng::TensorView(expected.data(), ng::DType::f32, {batch, kRows}), ng::default_executor());
   EXPECT_EQ(y, expected);
 
   ASSERT_EQ(ng_linear_rounded(&x_view, q_, &bias_view, &y_view, NG_INT8), NG_OK) << ng_last_error();
   EXPECT_NE(y, expected);
-  ng::linear(ng::TensorView(x.data(), ng::DType::f32, {batch, kCols}), packed.packed_view(), &cxx_bias,
+  ng::linear(ng::TensorView(x.data(), ng::DType::f32, {batch, kCols}), packed.packed_view(), &cxx_bias, nullptr,
              ng::TensorView(expected.data(), ng::DType::f32, {batch, kRows}), ng::default_executor(),
              ng::Activations::int8);
   EXPECT_EQ(y, expected);

@@ -252,7 +252,7 @@ TEST_P(LinearIsaTest, StridedRowsAndOtherOutputTypes) {
     Rows y_wide(DType::f32, m, 32);
     TensorView y = y_wide.view();
     y.shape[1] = 20;
-    linear(x, view_of(w, packed), nullptr, y, default_executor());
+    linear(x, view_of(w, packed), nullptr, nullptr, y, default_executor());
     const std::vector<double> weights = w.weights();
     const std::vector<double> scales = scales_of(w);
     for (int64_t i = 0; i < m; ++i) {
@@ -288,6 +288,35 @@ TEST(Linear, EmptyShapes) {
   }
 }
 
+// y and residual of every type, in tiles and panels, with rounded activations too: one fp32 addition more.
+TEST(Linear, ResidualIsAddedBeforeRounding) {
+  std::mt19937 random(15);
+  for (const auto& [rows, activations] : {std::pair<int64_t, Activations>{1, Activations::exact},
+                                          {9, Activations::exact},
+                                          {70, Activations::exact},
+                                          {33, Activations::int8}}) {
+    Matrix w = test::random_matrix(Format::parse("fp6_e2m3:g32:fp16"), 37, 96, random);
+    Rows x = random_activations(DType::f32, rows, 96, random);
+    const std::vector<float> bias(37, 0.375f);
+    const Rows plain = run(w, x, bias, DType::f32, activations);
+    for (const DType r_type : {DType::f32, DType::f16, DType::bf16}) {
+      Rows r = random_activations(r_type, rows, 37, random);
+      const TensorView view = r.view();
+      for (const DType y_type : {DType::f32, DType::f16, DType::bf16}) {
+        const Rows y = run(w, x, bias, y_type, activations, default_executor(), &view);
+        Rows expected(y_type, rows, 37);
+        for (int64_t m = 0; m < rows; ++m) {
+          for (int64_t n = 0; n < 37; ++n) {
+            const float sum = static_cast<float>(plain.read(m, n)) + static_cast<float>(r.read(m, n));
+            expected.set(m, n, sum);
+            ASSERT_EQ(y.read(m, n), expected.read(m, n)) << rows << ' ' << m << ' ' << n;
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST(Linear, RefusesWhatDoesNotFit) {
   std::mt19937 random(29);
   Matrix w = test::random_matrix(Format::parse("fp6"), 4, 8, random);
@@ -296,21 +325,21 @@ TEST(Linear, RefusesWhatDoesNotFit) {
   const auto tensor = [&](std::initializer_list<int64_t> shape) { return TensorView(data.data(), DType::f32, shape); };
   Executor& executor = default_executor();
   const PackedView view = view_of(w, packed);
-  EXPECT_THROW(linear(tensor({2, 9}), view, nullptr, tensor({2, 4}), executor), InvalidArgument);
-  EXPECT_THROW(linear(tensor({2, 8}), view, nullptr, tensor({3, 4}), executor), InvalidArgument);
-  EXPECT_THROW(linear(tensor({2, 8}), view, nullptr, tensor({2, 5}), executor), InvalidArgument);
+  EXPECT_THROW(linear(tensor({2, 9}), view, nullptr, nullptr, tensor({2, 4}), executor), InvalidArgument);
+  EXPECT_THROW(linear(tensor({2, 8}), view, nullptr, nullptr, tensor({3, 4}), executor), InvalidArgument);
+  EXPECT_THROW(linear(tensor({2, 8}), view, nullptr, nullptr, tensor({2, 5}), executor), InvalidArgument);
   const TensorView bias = tensor({5});
-  EXPECT_THROW(linear(tensor({2, 8}), view, &bias, tensor({2, 4}), executor), InvalidArgument);
-  EXPECT_THROW(linear(TensorView(nullptr, DType::f32, {2, 8}), view, nullptr, tensor({2, 4}), executor),
+  EXPECT_THROW(linear(tensor({2, 8}), view, &bias, nullptr, tensor({2, 4}), executor), InvalidArgument);
+  EXPECT_THROW(linear(TensorView(nullptr, DType::f32, {2, 8}), view, nullptr, nullptr, tensor({2, 4}), executor),
                InvalidArgument);
-  EXPECT_THROW(linear(TensorView(data.data(), DType::i32, {2, 8}), view, nullptr, tensor({2, 4}), executor),
+  EXPECT_THROW(linear(TensorView(data.data(), DType::i32, {2, 8}), view, nullptr, nullptr, tensor({2, 4}), executor),
                InvalidArgument);
   TensorView strided = tensor({2, 8});
   strided.strides[1] = 2;
-  EXPECT_THROW(linear(strided, view, nullptr, tensor({2, 4}), executor), InvalidArgument);
+  EXPECT_THROW(linear(strided, view, nullptr, nullptr, tensor({2, 4}), executor), InvalidArgument);
   PackedView unaligned = view;
   unaligned.data += 1;
-  EXPECT_THROW(linear(tensor({2, 8}), unaligned, nullptr, tensor({2, 4}), executor), InvalidArgument);
+  EXPECT_THROW(linear(tensor({2, 8}), unaligned, nullptr, nullptr, tensor({2, 4}), executor), InvalidArgument);
 }
 
 }  // namespace

@@ -103,14 +103,15 @@ inline double worst_ratio(const Matrix& w, const Rows& x, const Rows& y, const s
 }
 
 inline Rows run(Matrix& w, Rows& x, const std::vector<float>& bias, DType y_type,
-                Activations activations = Activations::exact, Executor& executor = default_executor()) {
+                Activations activations = Activations::exact, Executor& executor = default_executor(),
+                const TensorView* residual = nullptr) {
   const Buffer packed = packed_copy(w);
   Rows y(y_type, x.rows, w.rows);
   TensorView bias_view;
   if (!bias.empty()) {
     bias_view = TensorView(const_cast<float*>(bias.data()), DType::f32, {static_cast<int64_t>(bias.size())});
   }
-  linear(x.view(), view_of(w, packed), bias.empty() ? nullptr : &bias_view, y.view(), executor, activations);
+  linear(x.view(), view_of(w, packed), bias.empty() ? nullptr : &bias_view, residual, y.view(), executor, activations);
   return y;
 }
 

@@ -35,28 +35,6 @@ V16 load_zeros(const Weights& w, int64_t block, int64_t group) {
   return load_u8(w.zeros + (block * w.groups + group) * 16);
 }
 
-void store_columns(const float* sums, const Output& out, int64_t row, int64_t col) {
-  V16 value = load(sums);
-  if (out.bias != nullptr) value = add(value, load(out.bias + col));
-  const int64_t valid = out.cols - col < 16 ? out.cols - col : 16;
-  const int64_t at = row * out.row_stride + col;
-  alignas(64) float wide[16];
-  alignas(32) uint16_t narrow[16];
-  switch (out.type) {
-    case Real::f32:
-      if (valid == 16) {
-        store(static_cast<float*>(out.data) + at, value);
-      } else {
-        store(wide, value);
-        for (int64_t i = 0; i < valid; ++i) static_cast<float*>(out.data)[at + i] = wide[i];
-      }
-      return;
-    case Real::f16: store_f16(narrow, value); break;
-    case Real::bf16: store_bf16(narrow, value); break;
-  }
-  for (int64_t i = 0; i < valid; ++i) static_cast<uint16_t*>(out.data)[at + i] = narrow[i];
-}
-
 void load_row(const void* row, Real type, int64_t count, float* out) {
   int64_t i = 0;
   switch (type) {
@@ -76,6 +54,34 @@ void load_row(const void* row, Real type, int64_t count, float* out) {
   for (int64_t j = i; j < count; ++j) rest[j - i] = static_cast<const uint16_t*>(row)[j];
   store(values, type == Real::f16 ? load_f16(rest) : load_bf16(rest));
   for (int64_t j = i; j < count; ++j) out[j] = values[j - i];
+}
+
+void store_columns(const float* sums, const Output& out, int64_t row, int64_t col) {
+  V16 value = load(sums);
+  if (out.bias != nullptr) value = add(value, load(out.bias + col));
+  const int64_t valid = out.cols - col < 16 ? out.cols - col : 16;
+  const int64_t at = row * out.row_stride + col;
+  if (out.residual != nullptr) {
+    alignas(64) float added[16] = {};
+    const int64_t bytes = (row * out.residual_stride + col) * (out.residual_type == Real::f32 ? 4 : 2);
+    load_row(static_cast<const char*>(out.residual) + bytes, out.residual_type, valid, added);
+    value = add(value, load(added));
+  }
+  alignas(64) float wide[16];
+  alignas(32) uint16_t narrow[16];
+  switch (out.type) {
+    case Real::f32:
+      if (valid == 16) {
+        store(static_cast<float*>(out.data) + at, value);
+      } else {
+        store(wide, value);
+        for (int64_t i = 0; i < valid; ++i) static_cast<float*>(out.data)[at + i] = wide[i];
+      }
+      return;
+    case Real::f16: store_f16(narrow, value); break;
+    case Real::bf16: store_bf16(narrow, value); break;
+  }
+  for (int64_t i = 0; i < valid; ++i) static_cast<uint16_t*>(out.data)[at + i] = narrow[i];
 }
 
 template <typename D>

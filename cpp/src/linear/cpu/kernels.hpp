@@ -54,7 +54,10 @@ struct Output {
   int64_t row_stride;  // elements
   int64_t cols;        // valid columns
   Real type;
-  const float* bias;  // padded to 16 columns; null: none
+  const float* bias;        // padded to 16 columns; null: none
+  const void* residual;     // null: none; may be data
+  int64_t residual_stride;  // elements
+  Real residual_type;
 };
 
 // For blocks [begin, end): out[m, block * 16 ..] = x . w for `rows` rows. x is [padded K][tile], tile the smallest of
