@@ -17,7 +17,7 @@ void linear_16x16(benchmark::State& state) {
   const ng::TensorView input(x.data(), ng::DType::f32, {1, 16});
   const ng::TensorView output(y.data(), ng::DType::f32, {1, 16});
   for (auto _ : state) {
-    ng::linear(input, packed.packed_view(), nullptr, output, ng::default_executor());
+    ng::linear(input, packed.packed_view(), nullptr, nullptr, output, ng::default_executor());
     benchmark::DoNotOptimize(y.data());
   }
 }
