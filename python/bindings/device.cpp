@@ -15,7 +15,8 @@ namespace ng::python {
 
 void bind_device(nb::module_& module) {
   using namespace nb::literals;
-  module.def("isa", [] { return isa_name(isa()); }, "The instruction set in use: 'portable', 'avx2' or 'avx512'.");
+  module.def(
+      "isa", [] { return isa_name(isa()); }, "The instruction set in use: 'portable', 'avx2', 'avx512' or 'amx'.");
   module.def(
       "force_isa", [](std::string_view name) { force_isa(isa_from_name(name)); }, "name"_a,
       "Use a lower instruction set. ValueError if the CPU lacks it.");
@@ -23,12 +24,13 @@ void bind_device(nb::module_& module) {
       "supported_isas",
       [] {
         std::vector<std::string_view> names;
-        for (const Isa each : {Isa::portable, Isa::avx2, Isa::avx512}) {
+        for (const Isa each : {Isa::portable, Isa::avx2, Isa::avx512, Isa::amx}) {
           if (each <= isa_supported()) names.push_back(isa_name(each));
         }
         return names;
       },
       "The instruction sets that this CPU can run, lowest first.");
+  module.def("why_no_amx", &why_no_amx, "Why a CPU that has AMX does not run it; '' if it does or has none.");
   module.def("cpu_name", &cpu_name);
   module.def("cpu_features", &cpu_features);
 

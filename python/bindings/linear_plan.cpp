@@ -24,8 +24,8 @@ DType dtype_of(std::string_view name) {
 void bind_linear_plan(nb::module_& module) {
   module.def(
       "cpu_linear_plan",
-      [](int64_t rows, const Format& format, int64_t n, int64_t k, std::string_view activations) {
-        const CpuLinearPlan plan = cpu_linear_plan(rows, format, n, k, parse_activations(activations));
+      [](int64_t rows, const Format& format, int64_t n, int64_t k, std::string_view activations, std::string_view x) {
+        const CpuLinearPlan plan = cpu_linear_plan(rows, format, n, k, parse_activations(activations), dtype_of(x));
         nb::dict fields;
         fields["isa"] = isa_name(plan.isa);
         fields["direct"] = plan.direct;
@@ -37,7 +37,7 @@ void bind_linear_plan(nb::module_& module) {
         fields["tasks"] = plan.tasks;
         return fields;
       },
-      "rows"_a, "format"_a, "n"_a, "k"_a, "activations"_a = "exact",
+      "rows"_a, "format"_a, "n"_a, "k"_a, "activations"_a = "exact", "x"_a = "float32",
       "What linear does with x [rows, k] and weights [n, k] on this CPU.");
 
   module.def(

@@ -2,7 +2,7 @@
 // NVIDIA GPUs, if there are any.
 //
 // Each room keeps one table of functions per instruction set; the choice is made once, by CPUID, and can be
-// asked, printed and forced: NARROWGAUGE_ISA=portable|avx2|avx512 forces a lower one for the whole process.
+// asked, printed and forced: NARROWGAUGE_ISA=portable|avx2|avx512|amx forces a lower one for the whole process.
 //
 // GPUs are reached through the driver's library, libcuda.so.1, which is looked for when they are first asked for:
 // nothing is linked, and a process that never asks never loads it.
@@ -17,8 +17,10 @@ namespace ng {
 
 // Ordered: each includes all before it.
 //   avx2    AVX2, FMA, F16C, BMI2, SSE4.2, PCLMULQDQ
-//   avx512  F, BW, DQ, VL, VBMI, VBMI2, VNNI, BF16; a CPU that lacks one of them runs avx2
-enum class Isa : uint8_t { portable, avx2, avx512 };
+//   avx512  F, BW, DQ, VL, VBMI, VBMI2, VNNI; a CPU that lacks one of them runs avx2
+//   amx     TILE, INT8, BF16, and the system's permission to use tiles, which isa_supported() asks for once in a
+//   process
+enum class Isa : uint8_t { portable, avx2, avx512, amx };
 
 std::string_view isa_name(Isa isa) noexcept;
 Isa isa_from_name(std::string_view name);  // throws InvalidArgument naming the choices
@@ -32,6 +34,10 @@ Isa isa();
 // Changes the one in use, for tests and benchmarks. Throws InvalidArgument if the CPU lacks it.
 // Thread-safe, but calls that are already running finish with the old one.
 void force_isa(Isa isa);
+
+// Why a CPU that has AMX does not run it, in a sentence for users: the system's permission, or the compiler's
+// assembler. Empty if it does, or has none.
+std::string why_no_amx();
 
 // The CPU's model name and the features that matter here ("avx2", "avx512_vbmi", "amx_bf16", ...).
 std::string cpu_name();

@@ -14,9 +14,9 @@
 
 namespace ng {
 
-// On the CPU. Direct: the weights stream past one tile of x, or two, and are decoded beside the arithmetic. Else panels
-// of weights are decoded into the cache, once for every pass of at most `pass_rows` rows of x, and multiplied by tiles
-// of x_rows.
+// On the CPU, for x of a type that decides whether tiles of AMX can hold it. Direct: the weights stream past one tile
+// of x, or two, and are decoded beside the arithmetic. Else panels of weights are decoded into the cache, once for
+// every pass of at most `pass_rows` rows of x, and multiplied by tiles of x_rows.
 struct CpuLinearPlan {
   Isa isa = Isa::portable;  // of the kernels
   bool direct = false;
@@ -29,7 +29,7 @@ struct CpuLinearPlan {
 };
 
 CpuLinearPlan cpu_linear_plan(int64_t rows, const Format& format, int64_t n, int64_t k,
-                              Activations activations = Activations::exact);
+                              Activations activations = Activations::exact, DType x = DType::f32);
 
 // On a GPU of so many multiprocessors. A block has a tile of rows of x and of the weights, and a range of columns.
 struct CudaLinearPlan {

@@ -60,7 +60,7 @@ typedef struct ng_quantize_options {
 /* "major.minor.patch". */
 const char* ng_version(void);
 
-/* The instruction set in use: "portable", "avx2" or "avx512". Null if NARROWGAUGE_ISA is wrong. */
+/* The instruction set in use: "portable", "avx2", "avx512" or "amx". Null if NARROWGAUGE_ISA is wrong. */
 const char* ng_isa(void);
 
 /* What was wrong in the calling thread's last call that failed; "" if none has. Valid until its next failure. */

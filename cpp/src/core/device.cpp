@@ -11,12 +11,17 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
 #endif
 
 namespace ng {
 namespace {
 
-constexpr std::array<std::string_view, 3> kNames = {"portable", "avx2", "avx512"};
+constexpr std::array<std::string_view, 4> kNames = {"portable", "avx2", "avx512", "amx"};
 
 #if defined(__x86_64__)
 struct Feature {
@@ -43,8 +48,9 @@ constexpr std::array kFeatures = {
     Feature{"amx_int8", 7, 'd', 25, kTile},
 };
 constexpr std::array<std::string_view, 6> kAvx2Needs = {"avx2", "fma", "f16c", "bmi2", "sse4_2", "pclmulqdq"};
-constexpr std::array<std::string_view, 8> kAvx512Needs = {"avx512f",     "avx512bw",     "avx512dq",    "avx512vl",
-                                                          "avx512_vbmi", "avx512_vbmi2", "avx512_vnni", "avx512_bf16"};
+constexpr std::array<std::string_view, 7> kAvx512Needs = {"avx512f",     "avx512bw",     "avx512dq",   "avx512vl",
+                                                          "avx512_vbmi", "avx512_vbmi2", "avx512_vnni"};
+constexpr std::array<std::string_view, 3> kAmxNeeds = {"amx_tile", "amx_bf16", "amx_int8"};
 
 struct Registers {
   unsigned a = 0, b = 0, c = 0, d = 0;
@@ -84,6 +90,31 @@ bool has_all(const std::array<std::string_view, N>& names) {
     }
   }
   return true;
+}
+
+// 0, or why the system does not let this process use tiles. Linux gives each process that asks the larger register
+// state, and its threads and children after that.
+int tile_permission() {
+  constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr long kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0 ? 0 : errno;
+}
+
+#if defined(NARROWGAUGE_AMX)
+constexpr bool kBuiltWithAmx = true;
+#else
+constexpr bool kBuiltWithAmx = false;
+#endif
+
+// Why what the CPU has is not used.
+const std::string& amx_reason() {
+  static const std::string kReason = []() -> std::string {
+    if (!has_all(kAmxNeeds)) return "";
+    if (!kBuiltWithAmx) return "built by a compiler whose assembler does not know AMX";
+    const int error = tile_permission();
+    return error == 0 ? "" : concat("the system refuses permission to use tiles: ", std::strerror(error));
+  }();
+  return kReason;
 }
 #endif
 
@@ -133,14 +164,15 @@ Isa isa_from_name(std::string_view name) {
   for (size_t i = 0; i < kNames.size(); ++i) {
     if (kNames[i] == name) return static_cast<Isa>(i);
   }
-  throw InvalidArgument(concat("unknown instruction set '", name, "'; expected portable, avx2 or avx512"));
+  throw InvalidArgument(concat("unknown instruction set '", name, "'; expected portable, avx2, avx512 or amx"));
 }
 
 Isa isa_supported() noexcept {
 #if defined(__x86_64__)
   static const Isa kBest = [] {
     if (!has_all(kAvx2Needs)) return Isa::portable;
-    return has_all(kAvx512Needs) ? Isa::avx512 : Isa::avx2;
+    if (!has_all(kAvx512Needs)) return Isa::avx2;
+    return has_all(kAmxNeeds) && amx_reason().empty() ? Isa::amx : Isa::avx512;
   }();
   return kBest;
 #else
@@ -160,6 +192,14 @@ Isa isa() {
 void force_isa(Isa isa) {
   check_supported(isa, "force_isa");
   g_isa.store(static_cast<int>(isa), std::memory_order_relaxed);
+}
+
+std::string why_no_amx() {
+#if defined(__x86_64__)
+  return amx_reason();
+#else
+  return "";
+#endif
 }
 
 std::string cpu_name() {

@@ -15,11 +15,31 @@
 namespace ng {
 namespace {
 
-cpu::FindIntegerFn kernels() {
+// The kernels of an instruction set, and how they want rows (cpu::IntegerRows).
+struct Kernels {
+  cpu::FindIntegerFn find;
+  Isa isa;
+  int64_t tile_rows;
+  int64_t max_rows;  // in a pass
+  int64_t step_quads;
+  int planes;
+
+  bool amx() const noexcept { return step_quads > 1; }
+};
+
+Kernels kernels(bool wide) {
+  constexpr int64_t kTile = cpu::kIntegerTile;
 #if defined(__x86_64__)
-  if (isa() >= Isa::avx2) return cpu::kAvx2Integer;
+  const int planes = wide ? 2 : 1;
+#if defined(NARROWGAUGE_AMX)
+  if (isa() >= Isa::amx) {
+    return {cpu::kAmxInteger, Isa::amx, cpu::kAmxRows / planes, cpu::kMaxAmxRows, 4 * cpu::kByteStepUnits, planes};
+  }
 #endif
-  return cpu::kPortableInteger;
+  if (isa() >= Isa::avx512) return {cpu::kAvx512Integer, Isa::avx512, kTile, cpu::kMaxIntegerRows, 1, planes};
+  if (isa() >= Isa::avx2) return {cpu::kAvx2Integer, Isa::avx2, kTile, cpu::kMaxIntegerRows, 1, 1};
+#endif
+  return {cpu::kPortableInteger, Isa::portable, kTile, cpu::kMaxIntegerRows, 1, 1};
 }
 
 // The step that makes integers of at most `limit` of the element's values; 0 if there is none.
@@ -104,11 +124,16 @@ void round_values(const float* values, int64_t count, float inverse, int32_t* ou
 // What a pass over the weights reads: values, steps and sums, in memory that each calling thread keeps.
 class Pass {
  public:
-  Pass(const IntegerRowsOf& source, const cpu::Weights& w, UnitOrder order, int64_t max_rows)
-      : source_(source), w_(w), columns_(quad_columns(order, w.unit_bytes, source.wide)), segments_(segments_of(w)) {
+  Pass(const IntegerRowsOf& source, const cpu::Weights& w, UnitOrder order, const Kernels& kernels, int64_t max_rows)
+      : source_(source),
+        w_(w),
+        kernels_(kernels),
+        columns_(quad_columns(order, w.unit_bytes, source.wide && kernels.planes == 1)),
+        segments_(segments_of(w)),
+        steps_of_tile_(kernels.amx() ? tile_steps(w, cpu::kByteStepUnits) : w.units * kUnitCols / 4) {
     thread_local Buffer buffer;
-    const auto rows = static_cast<size_t>(max_rows);
-    const size_t values = rows * static_cast<size_t>(w.units * kUnitCols) * (source.wide ? 2 : 1);
+    const auto rows = static_cast<size_t>(max_rows < kernels.tile_rows ? max_rows : whole_tiles(max_rows));
+    const size_t values = rows * static_cast<size_t>(tile_row_values()) * (source.wide ? 2 : 1);
     const size_t sums = sizeof(int32_t) * rows * static_cast<size_t>(segments_);
     const size_t total = values + sums + sizeof(float) * rows;
     if (buffer.size() < total) buffer = Buffer(total);
@@ -122,20 +147,27 @@ class Pass {
     const int64_t grain = std::max<int64_t>(1, 8192 / std::max<int64_t>(w_.units * kUnitCols, 1));
     executor.parallel_for(rows, grain, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
-        const int64_t tile = row / cpu::kIntegerTile * cpu::kIntegerTile;
-        const int64_t tile_rows = std::min<int64_t>(rows - tile, cpu::kIntegerTile);
-        if (source_.wide) {
-          round_row<int16_t>(first + row, row, tile, tile_rows);
+        const int64_t tile = row / kernels_.tile_rows * kernels_.tile_rows;
+        const bool whole = kernels_.amx() && rows > kernels_.tile_rows;
+        const int64_t tile_rows = whole ? kernels_.tile_rows : std::min(rows - tile, kernels_.tile_rows);
+        if (kernels_.planes == 2) {
+          round_row<int8_t, 2>(first + row, row, tile, tile_rows);
+        } else if (source_.wide) {
+          round_row<int16_t, 1>(first + row, row, tile, tile_rows);
         } else {
-          round_row<int8_t>(first + row, row, tile, tile_rows);
+          round_row<int8_t, 1>(first + row, row, tile, tile_rows);
         }
       }
     });
-    return {values_, steps_, sums_, segments_, columns_.data(), static_cast<int>(rows)};
+    return {values_, steps_, sums_, segments_, columns_.data(), static_cast<int>(rows), steps_of_tile_};
   }
 
  private:
   static constexpr int64_t kWindow = 512;  // columns
+
+  int64_t whole_tiles(int64_t rows) const { return ceil_div(rows, kernels_.tile_rows) * kernels_.tile_rows; }
+  // Values of a row, with those that pad steps.
+  int64_t tile_row_values() const { return steps_of_tile_ * kernels_.step_quads * 4; }
 
   // Columns [col, col + count) of a row of x, zeros past the last.
   void load(int64_t row, int64_t col, int64_t count, float* out) const {
@@ -147,7 +179,7 @@ class Pass {
   }
 
   // Row `from` of x, which is row `row` of the pass.
-  template <typename T>
+  template <typename T, int kPlanes>
   void round_row(int64_t from, int64_t row, int64_t tile, int64_t tile_rows) {
     const int64_t cols = w_.units * kUnitCols;
     std::array<float, kWindow> floats;
@@ -161,7 +193,25 @@ class Pass {
     const auto [step, inverse] = rounding_of(largest, source_.wide ? cpu::kInt16Limit : cpu::kInt8Limit);
     steps_[row] = step * w_.tables->integer_step;
 
-    T* values = reinterpret_cast<T*>(values_) + tile * cols + (row - tile) * 4;
+    const int64_t step_quads = kernels_.step_quads;
+    const int64_t plane = tile_rows * step_quads * 4;
+    T* values = reinterpret_cast<T*>(values_) + tile * tile_row_values() * kPlanes + (row - tile) * step_quads * 4;
+    int64_t quad = 0;
+    const auto next_quad = [&] {
+      T* out = values + quad / step_quads * plane * kPlanes + quad % step_quads * 4;
+      ++quad;
+      return out;
+    };
+    const auto put = [&](T* out, int32_t value) {
+      *out = static_cast<T>(value);
+      if constexpr (kPlanes == 2) out[plane] = static_cast<T>((value - *out) / 256);
+    };
+    const auto end_step = [&] {
+      while (quad % step_quads != 0) {
+        T* out = next_quad();
+        for (int i = 0; i < 4; ++i) put(out + i, 0);
+      }
+    };
     int32_t* sums = sums_ + tile * segments_ + row - tile;
     int64_t segment_end = 0;
     for (int64_t unit = 0; unit < w_.units; ++unit) {
@@ -176,20 +226,26 @@ class Pass {
         segment_end = std::min(group_end, unit + cpu::kSegmentUnits);
         if (unit > 0) sums += tile_rows;
         *sums = 0;
+        end_step();
       }
-      T* out = values + unit * kUnitCols * tile_rows;
-      for (size_t i = 0; i < kUnitCols; ++i) {
-        const int32_t value = integers[static_cast<size_t>(at) + columns_[i]];
-        out[i / 4 * 4 * static_cast<size_t>(tile_rows) + i % 4] = static_cast<T>(value);
-        *sums += value;
+      for (size_t i = 0; i < kUnitCols; i += 4) {
+        T* out = next_quad();
+        for (size_t j = 0; j < 4; ++j) {
+          const int32_t value = integers[static_cast<size_t>(at) + columns_[i + j]];
+          put(out + j, value);
+          *sums += value;
+        }
       }
     }
+    end_step();
   }
 
   const IntegerRowsOf& source_;
   const cpu::Weights& w_;
+  const Kernels& kernels_;
   std::array<uint8_t, kUnitCols> columns_;
   int64_t segments_;
+  int64_t steps_of_tile_;
   std::byte* values_;
   int32_t* sums_;
   float* steps_;
@@ -239,16 +295,23 @@ void fill_integers(const Element& element, cpu::ElementTables& tables) {
     const auto value = static_cast<int>(values[i % magnitudes] / tables.integer_step);
     tables.integers[i] = static_cast<uint8_t>(value + offset);
   }
+  tables.byte_offset = element.kind == ElementKind::unsigned_int && element.bits == 8 ? -128 : 0;
+  if (element.bits == 8) return;
+  for (size_t i = 0; i < std::size(tables.bytes); ++i) {
+    const float value = values[i % static_cast<size_t>(element.codes())];
+    tables.bytes[i] = static_cast<uint8_t>(static_cast<int>(value / tables.integer_step));
+  }
 }
 
-CpuLinearPlan integer_plan(int64_t rows, const PackedLayout& layout) {
+CpuLinearPlan integer_plan(int64_t rows, const PackedLayout& layout, bool wide) {
+  const Kernels k = kernels(wide);
   CpuLinearPlan plan;
-  plan.isa = std::min(isa(), Isa::avx2);
-  plan.direct = rows <= cpu::kIntegerTile;
-  plan.x_rows = std::min<int64_t>(rows, cpu::kIntegerTile);
-  plan.pass_rows = std::min<int64_t>(rows, cpu::kMaxIntegerRows);
+  plan.isa = k.isa;
+  plan.direct = rows <= k.tile_rows;
+  plan.x_rows = std::min<int64_t>(rows, k.tile_rows);
+  plan.pass_rows = std::min<int64_t>(rows, k.max_rows);
   plan.passes = ceil_div(rows, plan.pass_rows);
-  const int64_t grain = task_grain(layout.units, plan.pass_rows);
+  const int64_t grain = k.amx() ? strip_grain(layout.units, plan.pass_rows) : task_grain(layout.units, plan.pass_rows);
   plan.task_rows = grain * kBlockRows;
   plan.tasks = ceil_div(layout.blocks, grain) * plan.passes;
   return plan;
@@ -256,20 +319,15 @@ CpuLinearPlan integer_plan(int64_t rows, const PackedLayout& layout) {
 
 void integer_linear(const IntegerRowsOf& source, const cpu::Weights& w, UnitOrder order, const cpu::Output& out,
                     Executor& executor) {
-  const cpu::IntegerFn multiply = kernels()(*w.tables, source.wide);
-  const int64_t pass_rows = std::min<int64_t>(source.x.rows, cpu::kMaxIntegerRows);
-  Pass pass(source, w, order, pass_rows);
+  const Kernels k = kernels(source.wide);
+  const cpu::IntegerFn multiply = k.find(*w.tables, source.wide);
+  const int64_t pass_rows = std::min<int64_t>(source.x.rows, k.max_rows);
+  Pass pass(source, w, order, k, pass_rows);
   for (int64_t first = 0; first < source.x.rows; first += pass_rows) {
     const int64_t rows = std::min(pass_rows, source.x.rows - first);
     const cpu::IntegerRows x = pass.round(first, rows, executor);
-    cpu::Output target = out;
-    const auto width = [](cpu::Real type) { return type == cpu::Real::f32 ? 4 : 2; };
-    target.data = static_cast<std::byte*>(out.data) + first * out.row_stride * width(out.type);
-    if (out.residual != nullptr) {
-      target.residual =
-          static_cast<const std::byte*>(out.residual) + first * out.residual_stride * width(out.residual_type);
-    }
-    executor.parallel_for(w.blocks, task_grain(w.units, rows),
+    const cpu::Output target = rows_from(out, first);
+    executor.parallel_for(w.blocks, k.amx() ? strip_grain(w.units, rows) : task_grain(w.units, rows),
                           [&](int64_t begin, int64_t end) { multiply(w, x, target, begin, end); });
   }
 }

@@ -21,7 +21,24 @@ inline int64_t task_grain(int64_t units, int64_t rows) {
   return std::max<int64_t>(1, static_cast<int64_t>(kTask / piece));
 }
 
-// Sets integers, integer_step and integer_offset of the tables.
+// The same in blocks for AMX, which takes strips of four.
+inline int64_t strip_grain(int64_t units, int64_t rows) { return 4 * task_grain(units * 4, rows); }
+
+// Steps of `step_units` units in a row of an AMX tile: a segment of four starts anew at every group.
+inline int64_t tile_steps(const cpu::Weights& w, int64_t step_units) {
+  if (w.groups == 0) return 0;
+  const int64_t last = w.units - (w.groups - 1) * w.units_per_group;
+  return (w.groups - 1) * ceil_div(w.units_per_group, step_units) + ceil_div(last, step_units);
+}
+
+// The output from row `first` on.
+inline cpu::Output rows_from(const cpu::Output& out, int64_t first) {
+  cpu::Output rows = out;
+  rows.data = static_cast<std::byte*>(out.data) + first * out.row_stride * (out.type == cpu::Real::f32 ? 4 : 2);
+  return rows;
+}
+
+// Sets integers, bytes, their step and offsets of the tables.
 void fill_integers(const Element& element, cpu::ElementTables& tables);
 
 // x before it is rounded.
@@ -36,6 +53,6 @@ struct IntegerRowsOf {
 void integer_linear(const IntegerRowsOf& rows, const cpu::Weights& w, UnitOrder order, const cpu::Output& out,
                     Executor& executor);
 
-CpuLinearPlan integer_plan(int64_t rows, const PackedLayout& layout);
+CpuLinearPlan integer_plan(int64_t rows, const PackedLayout& layout, bool wide);
 
 }  // namespace ng

@@ -19,6 +19,7 @@
 #include "narrowgauge/device.hpp"
 #include "narrowgauge/error.hpp"
 #include "narrowgauge/linear_plan.hpp"
+#include "tiles.hpp"
 
 namespace ng {
 namespace {
@@ -29,6 +30,7 @@ constexpr int64_t kRowsPerPass = 96;
 const cpu::LinearKernels& kernels() {
   switch (isa()) {
 #if defined(__x86_64__)
+    case Isa::amx:
     case Isa::avx512: return cpu::kAvx512Linear;
     case Isa::avx2: return cpu::kAvx2Linear;
 #endif
@@ -269,14 +271,17 @@ const float* load_bias(const cpu::LinearKernels& k, const TensorView* bias, int6
 
 }  // namespace
 
-CpuLinearPlan cpu_linear_plan(int64_t rows, const Format& format, int64_t n, int64_t k, Activations activations) {
+CpuLinearPlan cpu_linear_plan(int64_t rows, const Format& format, int64_t n, int64_t k, Activations activations,
+                              DType x) {
   NG_CHECK(rows > 0 && n > 0 && k > 0, InvalidArgument, "a product of [", rows, ", ", k, "] by [", n, ", ", k,
            "]; expected sizes of at least 1");
   check_activations(activations, format);
   const PackedLayout layout(format, n, k);
-  if (activations != Activations::exact) return integer_plan(rows, layout);
+  real_type(x, "x");
+  if (activations != Activations::exact) return integer_plan(rows, layout, activations == Activations::int16);
+  if (runs_in_tiles(x, format.element, k)) return tile_plan(rows, layout);
   CpuLinearPlan plan = plan_of(kernels(), rows, layout);
-  plan.isa = isa();
+  plan.isa = std::min(isa(), Isa::avx512);
   return plan;
 }
 
@@ -305,6 +310,10 @@ void linear(const TensorView& x_tensor, const PackedView& packed, const TensorVi
   if (activations != Activations::exact) {
     const IntegerRowsOf rows{x, x_type, k.load_row, activations == Activations::int16};
     integer_linear(rows, w, unit_order(packed.format.element), output_rows(y, bias, residual, 0), executor);
+    return;
+  }
+  if (runs_in_tiles(x.dtype, packed.format.element, x.cols)) {
+    tile_linear(x, w, output_rows(y, y_type, bias, 0), executor);
     return;
   }
   const cpu::DecodedKernels decoded = k.decoded(*w.tables, w.zeros != nullptr);

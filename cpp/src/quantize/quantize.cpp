@@ -436,6 +436,7 @@ Buffer section_storage(const CanonicalBytes& bytes) {
 const codec::Table& codec::table() {
 #if defined(__x86_64__)
   switch (isa()) {
+    case Isa::amx:
     case Isa::avx512: return kAvx512;
     case Isa::avx2: return kAvx2;
     case Isa::portable: break;

@@ -30,8 +30,8 @@ _NEEDS = {
         "avx512_vbmi",
         "avx512_vbmi2",
         "avx512_vnni",
-        "avx512_bf16",
     ),
+    "amx": ("amx_tile", "amx_bf16", "amx_int8"),
 }
 
 
@@ -115,6 +115,8 @@ def isa_reason() -> str:
     higher = [isa for isa in _NEEDS if isa not in supported]
     if not higher:
         return "the highest there is"
+    if reason := _native.why_no_amx():
+        return f"AMX is not used: {reason}"
     lacking = [name for name in _NEEDS[higher[0]] if name not in features]
     return f"{higher[0]} needs {', '.join(lacking)}, which this CPU or its operating system does not offer"
 

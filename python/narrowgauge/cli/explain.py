@@ -35,7 +35,7 @@ def explain(
     parsed = ng.Format(format)
     traffic = traffic_of(parsed, n, k, m, x)
     on_cpu = device == "cpu"
-    how = _cpu(m, parsed, n, k, traffic, activations) if on_cpu else _gpu(m, parsed, n, k, traffic, device, x)
+    how = _cpu(m, parsed, n, k, traffic, activations, x) if on_cpu else _gpu(m, parsed, n, k, traffic, device, x)
     at_least = "" if on_cpu else "at least "
     shown = "-" if how.seconds is None else f"{at_least}{1e6 * how.seconds:.1f} us"
     facts = [*how.facts, ("bytes", human_bytes(int(traffic)), "weights, x and y, each once"), ("time", shown, how.why)]
@@ -69,16 +69,18 @@ def work_of(plan: dict[str, Any], traffic: float) -> Work:
     )
 
 
-def _cpu(m: int, format: ng.Format, n: int, k: int, traffic: float, activations: str) -> _How:
+def _cpu(m: int, format: ng.Format, n: int, k: int, traffic: float, activations: str, x: str) -> _How:
     from narrowgauge.cli.doctor import read_bandwidth
 
-    plan = _native.cpu_linear_plan(m, format, n, k, activations)
+    plan = _native.cpu_linear_plan(m, format, n, k, activations, x)
     threads = _native.threads()
-    if activations == "exact":
+    if activations == "exact" and plan["isa"] == "amx":
+        sums = ("arithmetic", "products of bf16 in fp32", "activations stay as they are")
+    elif activations == "exact":
         sums = ("arithmetic", "fma in fp32", "activations stay as they are")
     else:
         sums = ("arithmetic", f"{activations} by int8 in int32", f"{format.element} is an integer times a power of two")
-    if activations != "exact" and plan["direct"]:
+    if plan["direct"] and (activations != "exact" or plan["isa"] == "amx"):
         way = ("kernel", "direct", "M rows fit in a tile: weights are decoded beside the arithmetic")
         tile = ("x", f"a tile of {plan['x_rows']} rows", "all of them")
     elif plan["direct"]:

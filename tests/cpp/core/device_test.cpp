@@ -12,7 +12,7 @@ namespace ng {
 namespace {
 
 TEST(Device, NamesRoundTrip) {
-  for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512}) EXPECT_EQ(isa_from_name(isa_name(isa)), isa);
+  for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::amx}) EXPECT_EQ(isa_from_name(isa_name(isa)), isa);
   EXPECT_THROW(isa_from_name("sse9"), InvalidArgument);
 }
 
@@ -32,8 +32,15 @@ TEST(Device, FeaturesAgreeWithTheChoice) {
     return std::find(features.begin(), features.end(), name) != features.end();
   };
   EXPECT_EQ(isa_supported() >= Isa::avx2, has("avx2") && has("fma") && has("f16c") && has("bmi2"));
-  if (isa_supported() == Isa::avx512) {
-    EXPECT_TRUE(has("avx512_vbmi") && has("avx512_bf16"));
+  if (isa_supported() >= Isa::avx512) {
+    EXPECT_TRUE(has("avx512_vbmi") && has("avx512_vnni"));
+  }
+  const bool amx = has("amx_tile") && has("amx_bf16") && has("amx_int8");
+  if (isa_supported() >= Isa::avx512) {
+    EXPECT_EQ(isa_supported() == Isa::amx, amx && why_no_amx().empty());
+  }
+  if (!amx) {
+    EXPECT_EQ(why_no_amx(), "");
   }
   EXPECT_FALSE(cpu_name().empty());
 }

@@ -86,8 +86,8 @@ TEST_P(IntegerTest, MeetsTheBoundAndRowsStandAlone) {
     std::vector<float> bias(static_cast<size_t>(n));
     for (float& b : bias) b = std::uniform_real_distribution<float>(-1, 1)(random);
     for (const Activations activations : kRounded) {
-      for (const int64_t m : {1, 2, 3, 4, 5, 7, 100}) {
-        if (m > 7 && n != 19) continue;  // more than one pass over the rows
+      for (const int64_t m : {1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 100}) {
+        if (m > 9 && n != 19) continue;  // more than one pass over the rows, or tiles
         const DType dtype = m % 3 == 0 ? DType::f16 : m % 2 == 0 ? DType::bf16 : DType::f32;
         const auto& added = m % 2 == 0 ? bias : std::vector<float>{};
         Rows x = random_activations(dtype, m, k, random);
@@ -147,9 +147,9 @@ TEST_P(IntegerIsaTest, TheSameBitsAsPortableForAnyThreads) {
   const auto two = make_pool(2);
   for (const char* name :
        {"fp6_e2m3:g128:fp16", "int4:g16:e4m3", "uint8:g64:bf16", "fp5_e2m2:row:fp32", "int7:g32:e8m0"}) {
-    Matrix w = test::random_matrix(Format::parse(name), 300, 1234, random);
+    Matrix w = test::random_matrix(Format::parse(name), 150, 530, random);
     for (const Activations activations : kRounded) {
-      for (const int64_t m : {1, 4, 98}) {
+      for (const int64_t m : {1, 4, 98, 257}) {
         Rows x = random_activations(DType::f32, m, w.cols, random, 3.0f);
         Rows expected(DType::f32, 0, 0);
         {
@@ -277,11 +277,11 @@ TEST(Integer, PlansSayHowRowsAreTaken) {
   const CpuLinearPlan few = cpu_linear_plan(3, format, 4096, 4096, Activations::int8);
   EXPECT_TRUE(few.direct);
   EXPECT_EQ(few.x_rows, 3);
-  EXPECT_LE(few.isa, Isa::avx2);
+  EXPECT_EQ(few.isa, isa());
   const CpuLinearPlan many = cpu_linear_plan(100, format, 4096, 4096, Activations::int16);
   EXPECT_FALSE(many.direct);
-  EXPECT_EQ(many.x_rows, 4);
-  EXPECT_EQ(many.passes, 2);
+  EXPECT_EQ(many.x_rows, isa() == Isa::amx ? 8 : 4);
+  EXPECT_EQ(many.passes, isa() == Isa::amx ? 1 : 2);
 }
 
 }  // namespace

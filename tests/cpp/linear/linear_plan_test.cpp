@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 #include "narrowgauge/error.hpp"
 
 namespace ng {
@@ -13,10 +15,12 @@ const Format kFp6 = Format::parse("fp6");
 TEST(CpuLinearPlan, FewRowsStreamTheWeightsOnce) {
   for (int64_t rows = 1; rows <= 8; ++rows) {
     const CpuLinearPlan plan = cpu_linear_plan(rows, kFp6, 4096, 4096);
-    EXPECT_EQ(plan.isa, isa());
+    EXPECT_EQ(plan.isa, std::min(isa(), Isa::avx512));
     EXPECT_TRUE(plan.direct) << rows;
     EXPECT_EQ(plan.passes, 1) << rows;
     EXPECT_GE(plan.x_rows + plan.second_x_rows, rows);
+    EXPECT_EQ(cpu_linear_plan(rows, kFp6, 4096, 4096, Activations::exact, DType::bf16).isa, isa());
+    EXPECT_EQ(cpu_linear_plan(rows, Format::parse("nf4"), 64, 64, Activations::exact, DType::bf16).isa, plan.isa);
   }
 }
 

@@ -29,14 +29,14 @@ TEST_P(LinearTest, MeetsTheBoundForEveryTile) {
   std::mt19937 random(7);
   const std::string tails[] = {":row:fp32", ":g32:e8m0", ":g16:e4m3", ":g64:fp16", ":g48:bf16"};
   int tail = 0;
-  // Whole blocks, ragged rows and columns, and a last group of less than a unit.
-  for (const auto& [n, k] : {std::pair<int64_t, int64_t>{32, 128}, {19, 83}, {1, 1}, {48, 208}, {17, 330}}) {
+  // Whole blocks, ragged rows and columns, and a last group of less than a unit; strips of four blocks and a rest.
+  for (const auto& [n, k] : {std::pair<int64_t, int64_t>{32, 128}, {19, 83}, {1, 1}, {83, 208}, {17, 330}}) {
     const Format format = Format::parse(element + tails[tail++]);
     Matrix w = test::random_matrix(format, n, k, random);
     std::vector<float> bias(static_cast<size_t>(n));
     for (float& b : bias) b = std::uniform_real_distribution<float>(-1, 1)(random);
     for (const int64_t m : {1, 2, 3, 4, 5, 8, 9, 16, 17, 100}) {
-      if (m > 17 && n != 19) continue;  // more than one pass over the rows
+      if (m > 17 && n != 19) continue;  // more than one pass over the rows, or tiles
       for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
         Rows x = random_activations(dtype, m, k, random);
         const Rows y = run(w, x, m % 2 == 0 ? bias : std::vector<float>{}, dtype);
@@ -148,12 +148,14 @@ TEST_P(LinearIsaTest, BoundHoldsForSystematicRounding) {
       }
       for (const int64_t m : {1, 2, 4, 8, 24}) {
         for (const float value : {1.0f / 3.0f, 0.7f, 1.0000001f}) {
-          Rows x(DType::f32, m, k);
-          for (int64_t i = 0; i < m; ++i) {
-            for (int64_t col = 0; col < k; ++col) x.set(i, col, value * static_cast<float>(i + 1));
+          for (const DType dtype : {DType::f32, DType::bf16}) {
+            Rows x(dtype, m, k);
+            for (int64_t i = 0; i < m; ++i) {
+              for (int64_t col = 0; col < k; ++col) x.set(i, col, value * static_cast<float>(i + 1));
+            }
+            const Rows y = run(w, x, {}, DType::f32);
+            EXPECT_LE(worst_ratio(w, x, y, {}), 1.0) << name << " M=" << m << " K=" << k << " x=" << value;
           }
-          const Rows y = run(w, x, {}, DType::f32);
-          EXPECT_LE(worst_ratio(w, x, y, {}), 1.0) << name << " M=" << m << " K=" << k << " x=" << value;
         }
       }
     }
@@ -169,9 +171,11 @@ TEST_P(LinearIsaTest, BoundHoldsForExtremeScalesAndSubnormals) {
       for (const float size : {1e-38f, 1e-20f, 1.0f}) {
         Matrix w = test::random_matrix(Format::parse(name), 18, 70, random, scale);
         for (const int64_t m : {1, 17}) {
-          Rows x = random_activations(DType::f32, m, 70, random, size);
-          const Rows y = run(w, x, {}, DType::f32);
-          EXPECT_LE(worst_ratio(w, x, y, {}), 1.0) << name << " scale " << scale << " x " << size << " M=" << m;
+          for (const DType dtype : {DType::f32, DType::bf16}) {
+            Rows x = random_activations(dtype, m, 70, random, size);
+            const Rows y = run(w, x, {}, DType::f32);
+            EXPECT_LE(worst_ratio(w, x, y, {}), 1.0) << name << " scale " << scale << " x " << size << " M=" << m;
+          }
         }
       }
     }
@@ -187,21 +191,23 @@ TEST_P(LinearIsaTest, PlantedFaultsBreakTheBound) {
     const int64_t n = 33;
     const int64_t k = 203;
     Matrix w = test::random_matrix(format, n, k, random);
-    Rows x = random_activations(DType::f32, m, k, random);
-    ASSERT_LE(worst_ratio(w, x, run(w, x, {}, DType::f32), {}), 1.0);
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      Rows x = random_activations(dtype, m, k, random);
+      ASSERT_LE(worst_ratio(w, x, run(w, x, {}, DType::f32), {}), 1.0);
 
-    Matrix one_code = w;
-    one_code.set_code(n - 1, 100, w.code(n - 1, 100) ^ 1);
-    EXPECT_GT(worst_ratio(w, x, run(one_code, x, {}, DType::f32), {}), 1.0) << "one code off by its last bit";
+      Matrix one_code = w;
+      one_code.set_code(n - 1, 100, w.code(n - 1, 100) ^ 1);
+      EXPECT_GT(worst_ratio(w, x, run(one_code, x, {}, DType::f32), {}), 1.0) << "one code off by its last bit";
 
-    Matrix last_element = w;
-    last_element.set_code(n - 1, k - 1, w.code(n - 1, k - 1) ^ 32);
-    EXPECT_GT(worst_ratio(w, x, run(last_element, x, {}, DType::f32), {}), 1.0) << "the last element negated";
+      Matrix last_element = w;
+      last_element.set_code(n - 1, k - 1, w.code(n - 1, k - 1) ^ 32);
+      EXPECT_GT(worst_ratio(w, x, run(last_element, x, {}, DType::f32), {}), 1.0) << "the last element negated";
 
-    Matrix swapped = w;
-    swapped.set_scale(3, 0, w.scale(3, 64));
-    swapped.set_scale(3, 64, w.scale(3, 0));
-    EXPECT_GT(worst_ratio(w, x, run(swapped, x, {}, DType::f32), {}), 1.0) << "two scales swapped";
+      Matrix swapped = w;
+      swapped.set_scale(3, 0, w.scale(3, 64));
+      swapped.set_scale(3, 64, w.scale(3, 0));
+      EXPECT_GT(worst_ratio(w, x, run(swapped, x, {}, DType::f32), {}), 1.0) << "two scales swapped";
+    }
 
     // The lowest of three bf16 terms of the activations left out, where it always has the product's sign.
     Rows all_terms(DType::f32, m, k);
@@ -221,22 +227,41 @@ TEST_P(LinearIsaTest, NanCodesAndScalesArrive) {
   const IsaGuard guard(GetParam());
   std::mt19937 random(17);
   for (const int64_t m : {1, 20}) {
-    for (const int code : {0x7f, 0xff}) {
-      Matrix w = test::random_matrix(Format::parse("fp8_e4m3:g32:e8m0"), 20, 64, random);
-      w.set_code(5, 33, code);
-      w.scales[w.group_index(7, 0)] = 255;  // e8m0 NaN
-      Rows x = random_activations(DType::f32, m, 64, random);
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      for (const int code : {0x7f, 0xff}) {
+        Matrix w = test::random_matrix(Format::parse("fp8_e4m3:g32:e8m0"), 20, 64, random);
+        w.set_code(5, 33, code);
+        w.scales[w.group_index(7, 0)] = 255;  // e8m0 NaN
+        Rows x = random_activations(dtype, m, 64, random);
+        const Rows y = run(w, x, {}, DType::f32);
+        for (int64_t n = 0; n < 20; ++n) EXPECT_EQ(std::isnan(y.read(0, n)), n == 5 || n == 7) << n;
+      }
+      Matrix w = test::random_matrix(Format::parse("fp8_e5m2:row:fp32"), 20, 64, random);
+      w.set_code(2, 3, 0x7c);  // +Inf
+      w.set_code(4, 3, 0x7d);  // NaN
+      Rows x = random_activations(dtype, m, 64, random);
       const Rows y = run(w, x, {}, DType::f32);
-      for (int64_t n = 0; n < 20; ++n) EXPECT_EQ(std::isnan(y.read(0, n)), n == 5 || n == 7) << n;
+      EXPECT_TRUE(std::isinf(y.read(0, 2)));
+      EXPECT_TRUE(std::isnan(y.read(0, 4)));
+      EXPECT_TRUE(std::isfinite(y.read(0, 3)));
     }
-    Matrix w = test::random_matrix(Format::parse("fp8_e5m2:row:fp32"), 20, 64, random);
-    w.set_code(2, 3, 0x7c);  // +Inf
-    w.set_code(4, 3, 0x7d);  // NaN
-    Rows x = random_activations(DType::f32, m, 64, random);
-    const Rows y = run(w, x, {}, DType::f32);
-    EXPECT_TRUE(std::isinf(y.read(0, 2)));
-    EXPECT_TRUE(std::isnan(y.read(0, 4)));
-    EXPECT_TRUE(std::isfinite(y.read(0, 3)));
+  }
+}
+
+// More rows than a pass, ragged strips and tiles, for bf16, which has kernels of its own on AMX.
+TEST_P(LinearIsaTest, TheSameBitsForAnyThreads) {
+  const IsaGuard guard(GetParam());
+  std::mt19937 random(29);
+  const auto one = make_pool(1);
+  const auto two = make_pool(2);
+  for (const char* name : {"fp6_e2m3:g128:fp16", "uint4:g48:fp16", "fp8_e4m3:g16:e4m3", "int3:row:fp32"}) {
+    Matrix w = test::random_matrix(Format::parse(name), 150, 340, random);
+    for (const int64_t m : {2, 33, 260}) {
+      Rows x = random_activations(DType::bf16, m, w.cols, random);
+      const Rows y = run(w, x, {}, DType::f32, Activations::exact, *one);
+      EXPECT_EQ(run(w, x, {}, DType::f32, Activations::exact, *two).bytes, y.bytes) << name << " M=" << m;
+      EXPECT_LE(worst_ratio(w, x, y, {}), 1.0) << name << " M=" << m;
+    }
   }
 }
 

@@ -137,7 +137,7 @@ inline std::vector<std::string> all_elements() {
 
 inline std::vector<Isa> supported_isas() {
   std::vector<Isa> isas;
-  for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512}) {
+  for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::amx}) {
     if (isa <= isa_supported()) isas.push_back(isa);
   }
   return isas;

@@ -1,4 +1,4 @@
-// AVX-512 (F, BW, DQ, VL, VBMI): decoders by permute look-up.
+// AVX-512 (F, BW, DQ, VL, VBMI, VNNI): decoders by permute look-up. With AMX on top where the assembler knows it.
 #include "kernels.hpp"
 
 #include <immintrin.h>
@@ -73,13 +73,18 @@ inline __m512i shift_lanes(__m512i v) {
 }
 
 // 2 to 4 bits: the codes of a column are shifted to the low bits of 16 lanes and index a table of 16 floats. The
-// permute reads four index bits, and the table repeats, so bits above the code's need no mask.
+// permute reads four index bits, and the table repeats, so bits above the code's need no mask. The codes of the next
+// column are in the upper words of the lanes, so that two columns index a table of 32 words at once.
 template <int kBits>
 struct NibbleDecoder {
   static constexpr bool kUnsigned = true;
   __m512 values;
+  __m512i words;  // as bf16
 
-  explicit NibbleDecoder(const ElementTables& tables) : values(_mm512_load_ps(tables.value)) {}
+  explicit NibbleDecoder(const ElementTables& tables)
+      : values(_mm512_load_ps(tables.value)),
+        words(_mm512_or_si512(_mm512_cvtepu8_epi16(load_256(tables.low)),
+                              _mm512_slli_epi16(_mm512_cvtepu8_epi16(load_256(tables.high)), 8))) {}
 
   template <int K>
   __m512 column(const uint8_t* unit) const {
@@ -104,17 +109,43 @@ struct NibbleDecoder {
     out[2] = column<4 * Q + 2>(unit);
     out[3] = column<4 * Q + 3>(unit);
   }
+
+  template <int Q>
+  void pairs(const uint8_t* unit, __m512i (&out)[2]) const {
+    out[0] = pair<4 * Q>(unit);
+    out[1] = pair<4 * Q + 2>(unit);
+  }
+
+  // Columns K, which is even, and K + 1.
+  template <int K>
+  __m512i pair(const uint8_t* unit) const {
+    __m512i index;
+    if constexpr (kBits == 4) {
+      index = shift_words<-4 * (K / 2 % 4)>(load_512(unit + K / 8 * 64));
+    } else {
+      index = shift_words<-K>(load_512(unit));
+      if constexpr (kBits == 3) {
+        const __m512i rows = _mm512_cvtepu16_epi32(load_256(unit + 64));
+        const __m512i top = _mm512_or_si512(rows, _mm512_slli_epi32(rows, 8));
+        index = select(_mm512_set1_epi16(3), index, shift_words<2 - K / 2>(top));
+      }
+    }
+    return _mm512_permutexvar_epi16(index, words);
+  }
 };
 
-// Low and high bytes of 64 bf16 values to four columns of floats.
-inline void widen(__m512i low, __m512i high, V16* out) {
-  const __m512i first = _mm512_unpacklo_epi8(low, high);  // 16 lanes of (column 0, column 1)
-  const __m512i second = _mm512_unpackhi_epi8(low, high);
+// Low and high bytes of 64 bf16 values to 16 lanes of columns 0 and 1, and of columns 2 and 3.
+inline void interleave(__m512i low, __m512i high, __m512i (&out)[2]) {
+  out[0] = _mm512_unpacklo_epi8(low, high);
+  out[1] = _mm512_unpackhi_epi8(low, high);
+}
+// Those to four columns of floats.
+inline void widen(const __m512i (&pairs)[2], V16* out) {
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-  out[0] = _mm512_castsi512_ps(_mm512_slli_epi32(first, 16));
-  out[1] = _mm512_castsi512_ps(_mm512_and_si512(first, upper));
-  out[2] = _mm512_castsi512_ps(_mm512_slli_epi32(second, 16));
-  out[3] = _mm512_castsi512_ps(_mm512_and_si512(second, upper));
+  for (int i = 0; i < 2; ++i) {
+    out[2 * i] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs[i], 16));
+    out[2 * i + 1] = _mm512_castsi512_ps(_mm512_and_si512(pairs[i], upper));
+  }
 }
 
 // The bytes of 128 values as bf16.
@@ -131,8 +162,24 @@ struct ByteTables {
   __m512i high_of(__m512i codes) const { return _mm512_permutex2var_epi8(high, codes, high_upper); }
 };
 
-// 5 to 7 bits: codes of 64 bytes by shifts and selects, then two byte look-ups (low and high byte of the value as
-// bf16, which holds every such element exactly). Bits above the code's are ignored by the look-ups.
+// Register Q of a pair unit of 5 to 7 bits: its 64 codes. Bits above the code's are junk, which look-ups ignore.
+template <int kBits, int Q>
+inline __m512i pair_codes(const uint8_t* unit) {
+  __m512i codes = shift_words<-4 * (Q % 2)>(load_512(unit + Q / 2 * 64));
+  if constexpr (kBits >= 6) {
+    codes = select(_mm512_set1_epi8(0x0f), codes, shift_words<4 - 2 * Q>(load_512(unit + 128)));
+  }
+  if constexpr (kBits == 5 || kBits == 7) {
+    constexpr int kPlane = kBits == 5 ? 128 : 192;
+    constexpr int kTop = kBits - 1;
+    const __m512i both = _mm512_broadcast_i64x4(load_256(unit + kPlane));
+    const __m512i plane = _mm512_mask_srli_epi16(both, 0xffff0000u, both, 4);
+    codes = select(_mm512_set1_epi8((1 << kTop) - 1), codes, shift_words<kTop - Q>(plane));
+  }
+  return codes;
+}
+
+// 5 to 7 bits: two byte look-ups (low and high byte of the value as bf16, which holds every such element exactly).
 template <int kBits>
 struct PairDecoder {
   static constexpr bool kUnsigned = true;
@@ -141,23 +188,20 @@ struct PairDecoder {
   explicit PairDecoder(const ElementTables& tables) : table(tables) {}
 
   template <int Q>
-  void decode(const uint8_t* unit, V16* out) const {
-    __m512i codes = shift_words<-4 * (Q % 2)>(load_512(unit + Q / 2 * 64));
-    if constexpr (kBits >= 6) {
-      codes = select(_mm512_set1_epi8(0x0f), codes, shift_words<4 - 2 * Q>(load_512(unit + 128)));
-    }
-    if constexpr (kBits == 5 || kBits == 7) {
-      constexpr int kPlane = kBits == 5 ? 128 : 192;
-      constexpr int kTop = kBits - 1;
-      const __m512i both = _mm512_broadcast_i64x4(load_256(unit + kPlane));
-      const __m512i plane = _mm512_mask_srli_epi16(both, 0xffff0000u, both, 4);
-      codes = select(_mm512_set1_epi8((1 << kTop) - 1), codes, shift_words<kTop - Q>(plane));
-    }
+  void pairs(const uint8_t* unit, __m512i (&out)[2]) const {
+    const __m512i codes = pair_codes<kBits, Q>(unit);
     if constexpr (kBits == 7) {
-      widen(table.low_of(codes), table.high_of(codes), out);
+      interleave(table.low_of(codes), table.high_of(codes), out);
     } else {
-      widen(_mm512_permutexvar_epi8(codes, table.low), _mm512_permutexvar_epi8(codes, table.high), out);
+      interleave(_mm512_permutexvar_epi8(codes, table.low), _mm512_permutexvar_epi8(codes, table.high), out);
     }
+  }
+
+  template <int Q>
+  void decode(const uint8_t* unit, V16* out) const {
+    __m512i columns[2];
+    pairs<Q>(unit, columns);
+    widen(columns, out);
   }
 };
 
@@ -169,11 +213,18 @@ struct Fp8Decoder {
   explicit Fp8Decoder(const ElementTables& tables) : table(tables) {}
 
   template <int Q>
-  void decode(const uint8_t* unit, V16* out) const {
+  void pairs(const uint8_t* unit, __m512i (&out)[2]) const {
     const __m512i codes = load_512(unit + Q * 64);
     const __m512i magnitude = table.high_of(codes);
     const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
-    widen(table.low_of(codes), _mm512_ternarylogic_epi32(magnitude, codes, sign, 0xf8), out);
+    interleave(table.low_of(codes), _mm512_ternarylogic_epi32(magnitude, codes, sign, 0xf8), out);
+  }
+
+  template <int Q>
+  void decode(const uint8_t* unit, V16* out) const {
+    __m512i columns[2];
+    pairs<Q>(unit, columns);
+    widen(columns, out);
   }
 };
 
@@ -223,8 +274,19 @@ void find_decoder(const ElementTables& tables, Use use) {
 
 #include "kernel.inl"
 
+// On top of it.
+#include "avx512_integer.inl"
+#if defined(NARROWGAUGE_AMX)
+#include "amx.inl"
+#endif
+
 }  // namespace
 
 const LinearKernels kAvx512Linear = kTable;
+const FindIntegerFn kAvx512Integer = find_integer;
+#if defined(NARROWGAUGE_AMX)
+const FindIntegerFn kAmxInteger = find_amx_integer;
+const FindBf16Fn kAmxBf16 = find_amx_bf16;
+#endif
 
 }  // namespace ng::cpu

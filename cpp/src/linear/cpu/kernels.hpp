@@ -28,6 +28,10 @@ struct ElementTables {
   float integer_step;
   // What the numbers that a decoder makes are above value / step.
   int integer_offset;
+  // With AVX-512: value / step + byte_offset of codes 0..127, repeated, as signed bytes; elements of 8 bits need no
+  // look-up.
+  alignas(64) uint8_t bytes[128];
+  int byte_offset;
 };
 
 enum class Scale : uint8_t { fp32, fp16, bf16, e8m0, e4m3 };
@@ -99,7 +103,10 @@ struct LinearKernels {
 //
 // Rows lie in tiles of kIntegerTile, the last as narrow as its rows: a tile is [unit][quad of 4][row][4], int8 or
 // int16, and columns[4 * quad + i] says which of a unit's 16 columns that is: the order in which the decoders find
-// them.
+// them. VNNI and AMX have int16 as two planes of bytes, low and high (value = 256 high + low, both signed): VNNI
+// [unit][quad of 4][plane][row][4]. AMX has tiles of kAmxRows tile rows, all planes together, of 16 quads (a step):
+// [step][plane][row][quad of 4][4]; a segment starts a step, and what its last one lacks is zero. If there is more than
+// one tile, rows that the last lacks are any.
 struct IntegerRows {
   const void* values;
   const float* steps;   // [row], times integer_step; NaN: all of the row's results are
@@ -107,6 +114,7 @@ struct IntegerRows {
   int64_t segments;     // in a row: every kSegmentUnits units, anew at every group
   const uint8_t* columns;
   int rows;
+  int64_t tile_steps;  // of a tile; AMX
 };
 
 inline constexpr int kIntegerTile = 4;
@@ -123,6 +131,27 @@ using IntegerFn = void (*)(const Weights& w, const IntegerRows& x, const Output&
 // For the element of the tables; wide: x is int16. pre: the element has integers.
 using FindIntegerFn = IntegerFn (*)(const ElementTables& tables, bool wide);
 
+// Rows of x in bf16 for AMX, in tiles of tile_rows, the smaller of kAmxRows and `rows`: [step of 32 columns][row][32].
+// A segment, which is two units to a step and at most four steps of a group, starts a step; what its last one lacks is
+// zero. If there is more than one tile, rows that the last lacks are any.
+struct TileRows {
+  const void* values;
+  int64_t tile_steps;
+  int rows;
+  int tile_rows;
+};
+
+inline constexpr int kAmxRows = 16;
+inline constexpr int kMaxAmxRows = 256;
+inline constexpr int kByteStepUnits = 4;
+inline constexpr int kBf16StepUnits = 2;
+
+// For blocks [begin, end): out = x . w, by the bound of linear.hpp. pre: the elements are bf16 numbers; w.units > 0.
+using Bf16Fn = void (*)(const Weights& w, const TileRows& x, const Output& out, int64_t begin, int64_t end);
+
+// For the element of the tables; zeros says whether a zero point is subtracted.
+using FindBf16Fn = Bf16Fn (*)(const ElementTables& tables, bool zeros);
+
 // Names a decoder type in a call (see kernel.inl).
 template <typename D>
 struct Tag {
@@ -133,8 +162,11 @@ extern const LinearKernels kPortableLinear;
 extern const FindIntegerFn kPortableInteger;
 #if defined(__x86_64__)
 extern const LinearKernels kAvx2Linear;
-extern const FindIntegerFn kAvx2Integer;  // what AVX-512 runs too
-extern const LinearKernels kAvx512Linear;
+extern const FindIntegerFn kAvx2Integer;
+extern const LinearKernels kAvx512Linear;  // what AMX runs too, but for exact products of bf16
+extern const FindIntegerFn kAvx512Integer;
+extern const FindIntegerFn kAmxInteger;  // where NARROWGAUGE_AMX is defined: the assembler knows it
+extern const FindBf16Fn kAmxBf16;
 #endif
 
 }  // namespace ng::cpu
