@@ -137,7 +137,7 @@ def test_doctor(run, monkeypatch):
 
     monkeypatch.setattr(doctor, "_READ_BYTES", 1 << 20)
     report = json_of(run("doctor", "--json"))
-    assert report["isa"] in ("portable", "avx2", "avx512") and report["isa_reason"]
+    assert report["isa"] in ("portable", "avx2", "avx512", "amx") and report["isa_reason"]
     assert set(report["kernels"]) == {"quantize", "linear"}
     assert report["threads"] >= 1 and report["read_bandwidth_gb_s"] > 0
     assert {"CUDA driver", "CUDA kernels", "NCCL", "MPI"} == {p["name"] for p in report["optional"]}
