@@ -207,7 +207,8 @@ class Pass {
       if constexpr (kPlanes == 2) out[plane] = static_cast<T>((value - *out) / 256);
     };
     const auto end_step = [&] {
-      while (quad % step_quads != 0) {
+      const int64_t rest = quad % step_quads;
+      for (int64_t gap = rest == 0 ? 0 : step_quads - rest; gap > 0; --gap) {
         T* out = next_quad();
         for (int i = 0; i < 4; ++i) put(out + i, 0);
       }
