@@ -142,13 +142,6 @@ inline void store_totals(const V16* totals, int64_t stride, int rows, const Outp
   }
 }
 
-// Bytes ahead of the unit at hand that are asked for, as in kernel.inl.
-constexpr int64_t kIntegerAhead = 1536;
-
-inline void prefetch_unit(const uint8_t* codes, int64_t unit_bytes) {
-  for (int64_t line = 0; line < unit_bytes; line += 64) __builtin_prefetch(codes + kIntegerAhead + line);
-}
-
 inline __m512i broadcast(const int8_t* p) {
   int32_t word = 0;
   __builtin_memcpy(&word, p, sizeof word);
