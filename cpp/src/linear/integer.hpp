@@ -34,7 +34,11 @@ inline int64_t tile_steps(const cpu::Weights& w, int64_t step_units) {
 // The output from row `first` on.
 inline cpu::Output rows_from(const cpu::Output& out, int64_t first) {
   cpu::Output rows = out;
-  rows.data = static_cast<std::byte*>(out.data) + first * out.row_stride * (out.type == cpu::Real::f32 ? 4 : 2);
+  const auto width = [](cpu::Real type) { return type == cpu::Real::f32 ? 4 : 2; };
+  rows.data = static_cast<std::byte*>(out.data) + first * out.row_stride * width(out.type);
+  if (out.residual != nullptr) {
+    rows.residual = static_cast<const std::byte*>(out.residual) + first * out.residual_stride * width(out.residual_type);
+  }
   return rows;
 }
 

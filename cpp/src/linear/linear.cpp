@@ -313,7 +313,7 @@ void linear(const TensorView& x_tensor, const PackedView& packed, const TensorVi
     return;
   }
   if (runs_in_tiles(x.dtype, packed.format.element, x.cols)) {
-    tile_linear(x, w, output_rows(y, y_type, bias, 0), executor);
+    tile_linear(x, w, output_rows(y, bias, residual, 0), executor);
     return;
   }
   const cpu::DecodedKernels decoded = k.decoded(*w.tables, w.zeros != nullptr);
