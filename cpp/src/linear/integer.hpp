@@ -37,7 +37,8 @@ inline cpu::Output rows_from(const cpu::Output& out, int64_t first) {
   const auto width = [](cpu::Real type) { return type == cpu::Real::f32 ? 4 : 2; };
   rows.data = static_cast<std::byte*>(out.data) + first * out.row_stride * width(out.type);
   if (out.residual != nullptr) {
-    rows.residual = static_cast<const std::byte*>(out.residual) + first * out.residual_stride * width(out.residual_type);
+    rows.residual =
+        static_cast<const std::byte*>(out.residual) + first * out.residual_stride * width(out.residual_type);
   }
   return rows;
 }
