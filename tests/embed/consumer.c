@@ -30,7 +30,7 @@ int main(int argc, char** argv) {
   check(ng_quantize(&weights_view, "fp6", NULL, &q), "ng_quantize");
   check(ng_pack(q), "ng_pack");
   check(ng_dequantize(q, &decoded_view), "ng_dequantize");
-  check(ng_linear(&x_view, q, NULL, &y_view), "ng_linear");
+  check(ng_linear(&x_view, q, NULL, NULL, &y_view), "ng_linear");
 
   double worst = 0;
   for (int row = 0; row < kRows; ++row) {

@@ -101,16 +101,18 @@ ng_status ng_load(const char* path, const char* name, ng_qtensor** out);
 /* out [.., cols], of the matrix's rows and cols, in either form. */
 ng_status ng_dequantize(const ng_qtensor* tensor, const ng_tensor* out);
 
-/* y = x @ w.T + bias: x [.., K], packed weights [N, K], bias null or [N], y [.., N]. x and y must not overlap. */
-ng_status ng_linear(const ng_tensor* x, const ng_qtensor* weights, const ng_tensor* bias, const ng_tensor* y);
+/* y = x @ w.T + bias + residual: x [.., K], packed weights [N, K], bias null or [N], residual null or [.., N], y of
+ * [.., N]. x and y must not overlap; residual is y itself or no part of it. */
+ng_status ng_linear(const ng_tensor* x, const ng_qtensor* weights, const ng_tensor* bias, const ng_tensor* residual,
+                    const ng_tensor* y);
 
 /* What the arithmetic makes of x (linear.hpp): every row exactly as given, or rounded to integers times a step of its
  * own, for formats whose elements are integers times a power of two. */
 typedef enum ng_activations { NG_EXACT = 0, NG_INT16 = 1, NG_INT8 = 2 } ng_activations;
 
 /* ng_linear with rounded activations; `activations` is an ng_activations. */
-ng_status ng_linear_rounded(const ng_tensor* x, const ng_qtensor* weights, const ng_tensor* bias, const ng_tensor* y,
-                            int32_t activations);
+ng_status ng_linear_rounded(const ng_tensor* x, const ng_qtensor* weights, const ng_tensor* bias,
+                            const ng_tensor* residual, const ng_tensor* y, int32_t activations);
 
 /* --- on a GPU ----------------------------------------------------------------------------------------------------
  *
@@ -159,7 +161,7 @@ typedef struct ng_cuda_packed {
 ng_status ng_cuda_linear_workspace_bytes(int64_t rows, const char* format, int64_t n, int64_t k, int32_t device,
                                          int64_t* bytes);
 ng_status ng_cuda_linear(const ng_tensor* x, const char* format, const ng_cuda_packed* weights, const ng_tensor* bias,
-                         const ng_tensor* y, void* workspace, int32_t device, void* stream);
+                         const ng_tensor* residual, const ng_tensor* y, void* workspace, int32_t device, void* stream);
 
 /* Waits for the stream and says what went wrong on the device. */
 ng_status ng_cuda_synchronize(int32_t device, void* stream);

@@ -101,6 +101,18 @@ ng::TensorView view_of(const ng_tensor* tensor, const char* name) {
   return view;
 }
 
+// Of a tensor that may be null.
+class OptionalView {
+ public:
+  OptionalView(const ng_tensor* tensor, const char* name) {
+    if (tensor != nullptr) view_ = view_of(tensor, name);
+  }
+  const ng::TensorView* get() const { return view_ ? &*view_ : nullptr; }
+
+ private:
+  std::optional<ng::TensorView> view_;
+};
+
 ng::QuantizeOptions options_of(const ng_quantize_options* options) {
   if (options == nullptr) return {};
   const ng_nan_policy nan = options->nan;
@@ -229,21 +241,21 @@ ng_status ng_dequantize(const ng_qtensor* tensor, const ng_tensor* out) {
   });
 }
 
-ng_status ng_linear(const ng_tensor* x, const ng_qtensor* weights, const ng_tensor* bias, const ng_tensor* y) {
-  return ng_linear_rounded(x, weights, bias, y, NG_EXACT);
+ng_status ng_linear(const ng_tensor* x, const ng_qtensor* weights, const ng_tensor* bias, const ng_tensor* residual,
+                    const ng_tensor* y) {
+  return ng_linear_rounded(x, weights, bias, residual, y, NG_EXACT);
 }
 
-ng_status ng_linear_rounded(const ng_tensor* x, const ng_qtensor* weights, const ng_tensor* bias, const ng_tensor* y,
-                            int32_t activations) {
+ng_status ng_linear_rounded(const ng_tensor* x, const ng_qtensor* weights, const ng_tensor* bias,
+                            const ng_tensor* residual, const ng_tensor* y, int32_t activations) {
   return guarded([&] {
     NG_CHECK(activations >= NG_EXACT && activations <= NG_INT8, InvalidArgument, "activations are ", activations,
              "; expected NG_EXACT, NG_INT16 or NG_INT8");
     const ng::TensorView input = view_of(x, "x");
     const ng::TensorView output = view_of(y, "y");
     const ng::PackedView packed = checked(weights, "weights").tensor.packed_view();
-    std::optional<ng::TensorView> bias_view;
-    if (bias != nullptr) bias_view = view_of(bias, "bias");
-    ng::linear(input, packed, bias_view ? &*bias_view : nullptr, /*residual=*/nullptr, output, ng::default_executor(),
+    const OptionalView bias_view(bias, "bias"), residual_view(residual, "residual");
+    ng::linear(input, packed, bias_view.get(), residual_view.get(), output, ng::default_executor(),
                static_cast<ng::Activations>(activations));
   });
 }
@@ -300,15 +312,13 @@ ng_status ng_cuda_linear_workspace_bytes(int64_t rows, const char* format, int64
 }
 
 ng_status ng_cuda_linear(const ng_tensor* x, const char* format, const ng_cuda_packed* weights, const ng_tensor* bias,
-                         const ng_tensor* y, void* workspace, int32_t device, void* stream) {
+                         const ng_tensor* residual, const ng_tensor* y, void* workspace, int32_t device, void* stream) {
   return guarded([&] {
     const ng::TensorView input = view_of(x, "x"), output = view_of(y, "y");
     const ng_cuda_packed& block = checked(weights, "weights");
     const ng::PackedView packed{ng::Format::parse(&checked(format, "format")), block.rows, block.cols, block.data};
-    std::optional<ng::TensorView> bias_view;
-    if (bias != nullptr) bias_view = view_of(bias, "bias");
-    ng::linear(input, packed, bias_view ? &*bias_view : nullptr, /*residual=*/nullptr, output, workspace,
-               stream_of(device, stream));
+    const OptionalView bias_view(bias, "bias"), residual_view(residual, "residual");
+    ng::linear(input, packed, bias_view.get(), residual_view.get(), output, workspace, stream_of(device, stream));
   });
 }
 

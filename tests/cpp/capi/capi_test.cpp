@@ -92,7 +92,7 @@ TEST_F(CApi, LinearEqualsTheCxxCall) {
   const ng_tensor x_view = {x.data(), NG_F32, 2, x_shape, nullptr};
   const ng_tensor bias_view = {bias.data(), NG_F32, 1, shape_, nullptr};
   const ng_tensor y_view = {y.data(), NG_F32, 2, y_shape, nullptr};
-  ASSERT_EQ(ng_linear(&x_view, q_, &bias_view, &y_view), NG_OK) << ng_last_error();
+  ASSERT_EQ(ng_linear(&x_view, q_, &bias_view, nullptr, &y_view), NG_OK) << ng_last_error();
 
   const auto packed = ng::pack(
       ng::QTensor::quantize(ng::TensorView(weights_.data(), ng::DType::f32, {kRows, kCols}), ng::Format::parse("fp6")));
@@ -101,13 +101,21 @@ TEST_F(CApi, LinearEqualsTheCxxCall) {
              ng::TensorView(expected.data(), ng::DType::f32, {batch, kRows}), ng::default_executor());
   EXPECT_EQ(y, expected);
 
-  ASSERT_EQ(ng_linear_rounded(&x_view, q_, &bias_view, &y_view, NG_INT8), NG_OK) << ng_last_error();
+  // y is its own residual: fp32, so that the sum is rounded once as here.
+  ASSERT_EQ(ng_linear(&x_view, q_, &bias_view, &y_view, &y_view), NG_OK) << ng_last_error();
+  const ng::TensorView cxx_y(expected.data(), ng::DType::f32, {batch, kRows});
+  ng::linear(ng::TensorView(x.data(), ng::DType::f32, {batch, kCols}), packed.packed_view(), &cxx_bias, &cxx_y, cxx_y,
+             ng::default_executor());
+  EXPECT_EQ(y, expected);
+  EXPECT_EQ(ng_linear(&x_view, q_, &bias_view, &x_view, &y_view), NG_INVALID_ARGUMENT) << "residual [.., K]";
+
+  ASSERT_EQ(ng_linear_rounded(&x_view, q_, &bias_view, nullptr, &y_view, NG_INT8), NG_OK) << ng_last_error();
   EXPECT_NE(y, expected);
   ng::linear(ng::TensorView(x.data(), ng::DType::f32, {batch, kCols}), packed.packed_view(), &cxx_bias, nullptr,
              ng::TensorView(expected.data(), ng::DType::f32, {batch, kRows}), ng::default_executor(),
              ng::Activations::int8);
   EXPECT_EQ(y, expected);
-  EXPECT_EQ(ng_linear_rounded(&x_view, q_, &bias_view, &y_view, 3), NG_INVALID_ARGUMENT);
+  EXPECT_EQ(ng_linear_rounded(&x_view, q_, &bias_view, nullptr, &y_view, 3), NG_INVALID_ARGUMENT);
 }
 
 TEST_F(CApi, StridesAreElements) {
@@ -233,7 +241,7 @@ TEST_F(CApi, RefusesWhatDoesNotFit) {
   EXPECT_EQ(ng_set_threads(0), NG_INVALID_ARGUMENT);
 
   quantize("fp6");
-  EXPECT_EQ(ng_linear(&good, q_, nullptr, &good), NG_INVALID_ARGUMENT) << "the matrix is not packed";
+  EXPECT_EQ(ng_linear(&good, q_, nullptr, nullptr, &good), NG_INVALID_ARGUMENT) << "the matrix is not packed";
   EXPECT_EQ(ng_dequantize(q_, nullptr), NG_INVALID_ARGUMENT);
 }
 

@@ -98,8 +98,10 @@ TEST(CudaCApi, Multiplies) {
   const ng_tensor bias_there = {upload(bias.data(), 4 * bias.size()), NG_F32, 1, kBias, nullptr};
   const ng_tensor y_there = {pool.allocate(4 * got.size()), NG_F32, 2, kY, nullptr};
   void* workspace = pool.allocate(static_cast<size_t>(workspace_bytes));
-  ASSERT_EQ(ng_cuda_linear(&x_there, kExact, &weights, &bias_there, &y_there, workspace, 0, nullptr), NG_OK)
-      << ng_last_error();
+  for (const ng_tensor* residual : {static_cast<const ng_tensor*>(nullptr), &y_there}) {
+    ASSERT_EQ(ng_cuda_linear(&x_there, kExact, &weights, &bias_there, residual, &y_there, workspace, 0, nullptr), NG_OK)
+        << ng_last_error();
+  }
   ng::copy(got.data(), y_there.data, 4 * got.size(), stream);
   ASSERT_EQ(ng_cuda_synchronize(0, nullptr), NG_OK) << ng_last_error();
 
@@ -108,16 +110,22 @@ TEST(CudaCApi, Multiplies) {
   // What is packed for the CPU is not packed for a GPU.
   ASSERT_EQ(ng_pack(q), NG_OK);
   EXPECT_EQ(ng_cuda_pack(q, block.data()), NG_INVALID_ARGUMENT);
-  ASSERT_EQ(ng_linear(&x_here, q, &bias_here, &y_here), NG_OK) << ng_last_error();
+  for (const ng_tensor* residual : {static_cast<const ng_tensor*>(nullptr), &y_here}) {
+    ASSERT_EQ(ng_linear(&x_here, q, &bias_here, residual, &y_here), NG_OK) << ng_last_error();
+  }
   ng_qtensor_free(q);
   EXPECT_EQ(got, expected);
 
-  EXPECT_EQ(ng_cuda_linear(&x_there, kExact, &weights, nullptr, &y_there, nullptr, 0, nullptr), NG_INVALID_ARGUMENT);
+  EXPECT_EQ(ng_cuda_linear(&x_there, kExact, &weights, nullptr, nullptr, &y_there, nullptr, 0, nullptr),
+            NG_INVALID_ARGUMENT);
   EXPECT_NE(std::strstr(ng_last_error(), "workspace is null"), nullptr) << ng_last_error();
-  EXPECT_EQ(ng_cuda_linear(&x_here, kExact, &weights, nullptr, &y_there, workspace, 0, nullptr), NG_INVALID_ARGUMENT);
+  EXPECT_EQ(ng_cuda_linear(&x_here, kExact, &weights, nullptr, nullptr, &y_there, workspace, 0, nullptr),
+            NG_INVALID_ARGUMENT);
   EXPECT_NE(std::strstr(ng_last_error(), "x lies in host memory"), nullptr) << ng_last_error();
-  EXPECT_EQ(ng_cuda_linear(&x_there, kExact, nullptr, nullptr, &y_there, workspace, 0, nullptr), NG_INVALID_ARGUMENT);
-  EXPECT_EQ(ng_cuda_linear(&x_there, nullptr, &weights, nullptr, &y_there, workspace, 0, nullptr), NG_INVALID_ARGUMENT);
+  EXPECT_EQ(ng_cuda_linear(&x_there, kExact, nullptr, nullptr, nullptr, &y_there, workspace, 0, nullptr),
+            NG_INVALID_ARGUMENT);
+  EXPECT_EQ(ng_cuda_linear(&x_there, nullptr, &weights, nullptr, nullptr, &y_there, workspace, 0, nullptr),
+            NG_INVALID_ARGUMENT);
   EXPECT_EQ(ng_cuda_synchronize(0, nullptr), NG_OK) << ng_last_error();
 }
 
