@@ -4,6 +4,8 @@
 
 #include <gtest/gtest.h>
 
+#include <tuple>
+
 #include "narrowgauge/error.hpp"
 #include "reference.hpp"
 #include "rows.hpp"
@@ -316,12 +318,13 @@ TEST(Linear, EmptyShapes) {
 // y and residual of every type, in tiles and panels, with rounded activations too: one fp32 addition more.
 TEST(Linear, ResidualIsAddedBeforeRounding) {
   std::mt19937 random(15);
-  for (const auto& [rows, activations] : {std::pair<int64_t, Activations>{1, Activations::exact},
-                                          {9, Activations::exact},
-                                          {70, Activations::exact},
-                                          {33, Activations::int8}}) {
+  for (const auto& [rows, x_type, activations] : {std::tuple{1, DType::f32, Activations::exact},
+                                                  {9, DType::f32, Activations::exact},
+                                                  {70, DType::f32, Activations::exact},
+                                                  {33, DType::bf16, Activations::exact},
+                                                  {33, DType::f32, Activations::int8}}) {
     Matrix w = test::random_matrix(Format::parse("fp6_e2m3:g32:fp16"), 37, 96, random);
-    Rows x = random_activations(DType::f32, rows, 96, random);
+    Rows x = random_activations(x_type, rows, 96, random);
     const std::vector<float> bias(37, 0.375f);
     const Rows plain = run(w, x, bias, DType::f32, activations);
     for (const DType r_type : {DType::f32, DType::f16, DType::bf16}) {

@@ -218,6 +218,19 @@ def test_misaligned_activations() -> None:
         assert np.array_equal(aligned.y, skewed.y)
 
 
+def test_images() -> None:
+    """Few kernels and small images: at most 150, and 20 MB of PTX and cubins."""
+    folder = shipped.ROOT / "build/release/cpp/images"
+    texts = [path for path in folder.glob("sm80_fpx_linear_*.ptx") if not path.name.endswith(".lines.ptx")]
+    if not texts:
+        pytest.skip("build/release has no kernels")
+    kernels = sum(path.read_text().count(".visible .entry fpx_linear_") for path in texts)
+    total = sum(path.stat().st_size for path in [*texts, *folder.glob("sm80_fpx_linear_*.fatbin")])
+    print(f"{kernels} kernels, {total / 1e6:.1f} MB")
+    assert 0 < kernels <= 150
+    assert total <= 20e6
+
+
 @pytest.mark.parametrize("x, element", [("f16", "fp6"), ("bf16", "int8"), ("bf16", "nf4"), ("f16_wide", "fp8")])
 @pytest.mark.parametrize("tile", TILES)
 def test_registers(tmp_path: Path, tile: int, x: str, element: str) -> None:
