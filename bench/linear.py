@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -189,19 +190,14 @@ def main() -> None:
         protocol.print_machine()
         results = measure(args, args.table)
         show(args, args.table, results)
-        if args.json:
-            protocol.write_json(args.json, results)
-        return
-
-    import json
-
-    results = []
-    with tempfile.TemporaryDirectory() as folder:
-        for table in TABLES:
-            path = os.path.join(folder, "results.json")
-            run_table(args, table, path)
-            with open(path, encoding="utf-8") as file:
-                results += json.load(file)["results"]
+    else:
+        results = []
+        with tempfile.TemporaryDirectory() as folder:
+            for table in TABLES:
+                path = os.path.join(folder, "results.json")
+                run_table(args, table, path)
+                with open(path, encoding="utf-8") as file:
+                    results += json.load(file)["results"]
     if args.json:
         protocol.write_json(args.json, results)
     if args.png:
