@@ -24,7 +24,7 @@ struct Kernels {
   int64_t step_quads;
   int planes;
 
-  bool amx() const noexcept { return step_quads > 1; }
+  bool amx() const noexcept { return isa == Isa::amx; }
 };
 
 Kernels kernels(bool wide) {
