@@ -2,7 +2,7 @@
 
 Each contender has enough copies of its weights that none is found in a cache; contenders take turns, pass by pass,
 and every matmul is timed by itself. bench/linear.py of the sources is the full protocol; this is its short form.
-With --explain it says what linear would do, and times nothing (explain.py).
+With --explain it says what linear would do, and about how long it would take (explain.py).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def command(
     rotate: Annotated[int, typer.Option(min=1, help="MB of weights to go through per contender.")] = 256,
     seconds: Annotated[float, typer.Option(min=0.1, help="How long to measure.")] = 10.0,
     png: Annotated[Path | None, typer.Option(help="Write a bar chart here.")] = None,
-    explain: Annotated[bool, typer.Option(help="Say which kernel would run, and why; time nothing.")] = False,
+    explain: Annotated[bool, typer.Option(help="Say which kernel would run, why, and for how long.")] = False,
     device: Annotated[str, typer.Option(help="For --explain: cpu, cuda, cuda:1, a100, h100, a10 or 4070tis.")] = "cpu",
     json: JsonOption = False,
 ) -> None:

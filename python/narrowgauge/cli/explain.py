@@ -103,7 +103,7 @@ def _cpu(m: int, format: ng.Format, n: int, k: int, traffic: float, activations:
         return _How(plan, facts, None, "memory could not be measured: it takes numpy or torch")
     # Further passes over the weights read them again.
     reading = (traffic + (plan["passes"] - 1) * n * k * format.bits_per_weight(k) / 8) / bandwidth / 1e9
-    rate = _rate(min(m, plan["pass_rows"]), format, activations)
+    rate = _rate(min(m, plan["pass_rows"]), format, activations, x)
     arithmetic = m * n * k / rate
     if reading > arithmetic:
         why = f"reading the bytes at {bandwidth:.1f} GB/s, measured just now"
@@ -112,26 +112,34 @@ def _cpu(m: int, format: ng.Format, n: int, k: int, traffic: float, activations:
     return _How(plan, facts, max(reading, arithmetic), why)
 
 
-def _rate(m: int, format: ng.Format, activations: str) -> float:
-    """Products a second of x [m, _SAMPLE[1]] and weights _SAMPLE that are in the cache, threads and all."""
-    w = _random(*_SAMPLE)
-    q, x = ng.quantize(w, format).pack(), w[:m] if m <= _SAMPLE[0] else _random(m, _SAMPLE[1])
+def _rate(m: int, format: ng.Format, activations: str, x: str) -> float:
+    """Products a second of m rows of x, at most _SAMPLE[0], and weights that are in the cache, threads and all."""
+    w, rows, y = _sample(m, x)
+    q = ng.quantize(w, format).pack()
     best = float("inf")
     for _ in range(_SAMPLE_RUNS):
         start = time.perf_counter()
-        ng.linear(x, q, activations=activations)
+        _native.linear(rows, q._matrix, None, y, activations)  # type: ignore[arg-type]
         best = min(best, time.perf_counter() - start)
     return m * _SAMPLE[0] * _SAMPLE[1] / best
 
 
-def _random(rows: int, cols: int) -> Any:
+def _sample(m: int, x: str) -> tuple[Any, Any, Any]:
+    """Weights, m of their rows in the type x, and room for y."""
     try:
         import numpy
     except ImportError:
         import torch
 
-        return torch.randn(rows, cols)
-    return numpy.random.default_rng(0).standard_normal((rows, cols), dtype=numpy.float32)
+        w = torch.randn(_SAMPLE)
+        return w, w[:m].to(getattr(torch, x)), torch.empty(m, _SAMPLE[0])
+    floats = numpy.random.default_rng(0).standard_normal(_SAMPLE, dtype=numpy.float32)
+    rows: Any = floats[:m]
+    if x == "bfloat16":  # which numpy has not
+        rows = ng.Tensor.from_dlpack((rows.view(numpy.uint32) >> 16).astype(numpy.uint16)).view(x)
+    else:
+        rows = rows.astype(x)
+    return floats, rows, numpy.empty((m, _SAMPLE[0]), numpy.float32)
 
 
 def _gpu(m: int, format: ng.Format, n: int, k: int, traffic: float, device: str, x: str) -> _How:
