@@ -40,8 +40,8 @@ void check_activations(Activations activations, const Format& format);
 // N elements of f32, f16 or bf16, dense. residual: null, or r [.., N] of f32, f16 or bf16 with dense rows, y itself or
 // apart from it: it is added before the result is rounded to y's type, and adds 2^-24 |b| to the bound. M = 0 or N = 0
 // do nothing; K = 0 gives b + r or zeros. x and y must not overlap. Scratch of the calling thread is kept for the next
-// call: at most 96 x K floats; in AMX's tiles 256 x K values of two bytes, where the columns of a group are filled up to
-// 32 (to 64 where they are rounded). Throws InvalidArgument.
+// call: at most 96 x K floats; in AMX's tiles 256 x K values of two bytes, where the columns of a group are filled up
+// to 32 (to 64 where they are rounded). Throws InvalidArgument.
 void linear(const TensorView& x, const PackedView& weights, const TensorView* bias, const TensorView* residual,
             const TensorView& y, Executor& executor, Activations activations = Activations::exact);
 
