@@ -167,10 +167,10 @@ int64_t direct_tile(int64_t rows) { return rows <= 2 ? rows : rows <= 4 ? 4 : 8;
 
 CpuLinearPlan plan_of(const cpu::LinearKernels& k, int64_t rows, const PackedLayout& layout) {
   CpuLinearPlan plan;
-  plan.direct = rows <= 2 * k.direct_rows;
+  plan.direct = rows <= k.two_tile_rows;
   int64_t grain = 0;  // blocks
   if (plan.direct) {
-    // Two tiles at the most: the second finds a task's weights in the cache, which still beats a panel.
+    // Two tiles at the most: the second finds a task's weights in the cache.
     plan.x_rows = direct_tile(std::min<int64_t>(rows, k.direct_rows));
     plan.second_x_rows = rows > k.direct_rows ? direct_tile(rows - k.direct_rows) : 0;
     plan.pass_rows = rows;

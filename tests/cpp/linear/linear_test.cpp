@@ -4,6 +4,8 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
+#include <cmath>
 #include <tuple>
 
 #include "narrowgauge/error.hpp"
@@ -44,6 +46,34 @@ TEST_P(LinearTest, MeetsTheBoundForEveryTile) {
         const Rows y = run(w, x, m % 2 == 0 ? bias : std::vector<float>{}, dtype);
         EXPECT_LE(worst_ratio(w, x, y, m % 2 == 0 ? bias : std::vector<float>{}), 1.0)
             << format.str() << " M=" << m << " N=" << n << " K=" << k << " " << dtype_name(dtype);
+      }
+    }
+  }
+}
+
+// Every code at every place of a unit, by rows of x that pick one column: the element's value and nothing else, with
+// infinities, NaN and signs.
+TEST_P(LinearTest, EveryCodeIsDecodedExactly) {
+  const auto& [isa, element] = GetParam();
+  const IsaGuard guard(isa);
+  const Format format = Format::parse(element + ":row:fp32");
+  const int64_t codes = format.element.codes();
+  const std::array<float, 256> values = element_values(format.element);
+  for (int64_t col = 0; col < 16; ++col) {
+    Matrix w(format, codes, 16);
+    for (int64_t code = 0; code < codes; ++code) {
+      w.set_scale(code, 0, 1.0f);
+      w.set_code(code, col, static_cast<int>(code));
+    }
+    for (const int64_t m : {1, 4, 20}) {
+      Rows x(DType::bf16, m, 16);
+      for (int64_t row = 0; row < m; ++row) x.set(row, col, 1.0f);
+      const Rows y = run(w, x, {}, DType::f32);
+      for (int64_t code = 0; code < codes; ++code) {
+        const auto expected = static_cast<double>(values[static_cast<size_t>(code)]);
+        const double got = y.read(m - 1, code);
+        EXPECT_TRUE(got == expected || (std::isnan(got) && std::isnan(expected)))
+            << "code " << code << " in column " << col << " M=" << m << ": " << got << ", expected " << expected;
       }
     }
   }

@@ -82,7 +82,7 @@ struct Bf16Weights {
       decoder.template pairs<Q>(unit, pairs);
     } else {
       V16 columns[4];
-      decoder.template decode<Q>(unit, columns);
+      decoder.template decode<Q, 0>(unit, columns);
       for (int i = 0; i < 2; ++i) {
         // Integers of up to eight bits less zero points: bf16 numbers, as all elements but those of nf4.
         const __m512i even = _mm512_castps_si512(kZeros ? sub(columns[2 * i], zeros) : columns[2 * i]);

@@ -65,7 +65,14 @@ inline V16 load_e4m3(const uint8_t* p) {
   return mul(value, set1(0x1p8f));
 }
 
+using Part = __m256;
+constexpr int kParts = 2;
+inline __m256 add(__m256 a, __m256 b) { return _mm256_add_ps(a, b); }
+inline __m256 sub(__m256 a, __m256 b) { return _mm256_sub_ps(a, b); }
+inline __m256 fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+
 constexpr int kDirectRows = 4;
+constexpr int kTwoTileRows = 5;
 constexpr int kTileRows = 4;
 constexpr int kPanelBlocks = 1;
 
@@ -85,60 +92,88 @@ inline __m256i shift_words(__m256i v) {
 inline __m256i select(__m256i mask, __m256i a, __m256i b) {
   return _mm256_or_si256(_mm256_and_si256(mask, a), _mm256_andnot_si256(mask, b));
 }
+// Bytes of b where the byte of `choice` has its last bit set, of a elsewhere. Not the intrinsic, which GCC precedes by
+// a comparison.
+inline __m256i blend(__m256i a, __m256i b, __m256i choice) {
+  __m256i result;
+  asm("vpblendvb %3, %2, %1, %0" : "=x"(result) : "x"(a), "x"(b), "x"(choice));
+  return result;
+}
 
 // A table of 16 bytes for look-ups by the low bits of bytes below 128.
 inline __m256i load_table(const uint8_t* entries) { return _mm256_broadcastsi128_si256(load_128(entries)); }
 
-// Columns 4 * Q .. of a unit, by a decoder's half<K>(unit, row): column K of eight rows from `row` on.
-template <int Q, typename D>
-inline void decode_columns(const D& decoder, const uint8_t* unit, V16* out) {
-  out[0] = {decoder.template half<4 * Q>(unit, 0), decoder.template half<4 * Q>(unit, 8)};
-  out[1] = {decoder.template half<4 * Q + 1>(unit, 0), decoder.template half<4 * Q + 1>(unit, 8)};
-  out[2] = {decoder.template half<4 * Q + 2>(unit, 0), decoder.template half<4 * Q + 2>(unit, 8)};
-  out[3] = {decoder.template half<4 * Q + 3>(unit, 0), decoder.template half<4 * Q + 3>(unit, 8)};
-}
-
-// The same by half<Q>(unit, side, columns): rows 0..7 (side 0) or 8..15 (side 1) of all four.
-template <int Q, typename D>
-inline void decode_halves(const D& decoder, const uint8_t* unit, V16* out) {
-  __m256 lo[4];
-  __m256 hi[4];
-  decoder.template half<Q>(unit, 0, lo);
-  decoder.template half<Q>(unit, 1, hi);
-  for (int j = 0; j < 4; ++j) out[j] = {lo[j], hi[j]};
-}
-
-// 2 and 3 bits, and nf4, which no two bytes hold: a look-up in eight floats, which reads three index bits, and for 4
-// bits a second one chosen by the fourth bit. The table repeats, so bits above the code's need no mask.
+// 2 and 3 bits: a look-up in eight floats, which reads three index bits. The table repeats, so bits above the code's
+// need no mask.
 template <int kBits>
-struct NibbleDecoder {
+struct SmallDecoder {
   static constexpr bool kUnsigned = true;
-  __m256 lower, upper;
+  __m256 values;
 
-  explicit NibbleDecoder(const ElementTables& tables)
-      : lower(_mm256_load_ps(tables.value)), upper(_mm256_load_ps(tables.value + 8)) {}
+  explicit SmallDecoder(const ElementTables& tables) : values(_mm256_load_ps(tables.value)) {}
 
-  template <int K>
-  __m256 half(const uint8_t* unit, int row) const {
-    if constexpr (kBits == 4) {
-      constexpr int kShift = 4 * (K % 2 * 4 + K / 2 % 4);
-      const __m256i index = shift_lanes<-kShift>(load_256(unit + K / 8 * 64 + row * 4));
-      const __m256 choose = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
-      return _mm256_blendv_ps(_mm256_permutevar8x32_ps(lower, index), _mm256_permutevar8x32_ps(upper, index), choose);
-    } else {
-      constexpr int kField = K % 2 * 8 + K / 2;
-      __m256i index = shift_lanes<-2 * kField>(load_256(unit + row * 4));
-      if constexpr (kBits == 3) {
-        const __m256i top = _mm256_cvtepu16_epi32(load_128(unit + 64 + row * 2));
-        index = select(_mm256_set1_epi32(3), index, shift_lanes<2 - kField>(top));
+  template <int K, int P>
+  __m256 column(const uint8_t* unit) const {
+    constexpr int kField = K % 2 * 8 + K / 2;
+    __m256i index = shift_lanes<-2 * kField>(load_256(unit + P * 32));
+    if constexpr (kBits == 3) {
+      const __m256i top = _mm256_cvtepu16_epi32(load_128(unit + 64 + P * 16));
+      index = select(_mm256_set1_epi32(3), index, shift_lanes<2 - kField>(top));
+    }
+    return _mm256_permutevar8x32_ps(values, index);
+  }
+
+  template <int Q, int P>
+  void decode(const uint8_t* unit, __m256* out) const {
+    out[0] = column<4 * Q, P>(unit);
+    out[1] = column<4 * Q + 1, P>(unit);
+    out[2] = column<4 * Q + 2, P>(unit);
+    out[3] = column<4 * Q + 3, P>(unit);
+  }
+};
+
+// Quarter Q of a unit of 4 bits: 32 codes of eight rows. A shift leaves four columns of a row in a lane.
+template <int Q, int P>
+inline __m256i nibbles(const uint8_t* unit) {
+  return _mm256_and_si256(shift_words<-4 * (Q % 2)>(load_256(unit + Q / 2 * 64 + P * 32)), _mm256_set1_epi8(15));
+}
+constexpr int nibble_column(int quarter, int j) { return quarter / 2 * 8 + quarter % 2 * 2 + j / 2 + j % 2 * 4; }
+
+// nf4, whose values are no bf16 numbers: all four bytes of the float are looked up.
+struct FloatTableDecoder {
+  static constexpr bool kUnsigned = false;
+  __m256i bytes[4];
+
+  explicit FloatTableDecoder(const ElementTables& tables) {
+    for (int i = 0; i < 4; ++i) {
+      alignas(16) uint8_t plane[16];
+      for (int code = 0; code < 16; ++code) {
+        uint32_t bits = 0;
+        __builtin_memcpy(&bits, tables.value + code, sizeof bits);
+        plane[code] = static_cast<uint8_t>(bits >> (8 * i));
       }
-      return _mm256_permutevar8x32_ps(lower, index);
+      bytes[i] = load_table(plane);
     }
   }
 
-  template <int Q>
-  void decode(const uint8_t* unit, V16* out) const {
-    decode_columns<Q>(*this, unit, out);
+  static constexpr int column(int quarter, int j) { return nibble_column(quarter, j); }
+
+  template <int Q, int P>
+  void decode(const uint8_t* unit, __m256* out) const {
+    // A column's rows beside each other, in each 128-bit half.
+    const __m256i transpose = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,  //
+                                               0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m256i codes = _mm256_shuffle_epi8(nibbles<Q, P>(unit), transpose);
+    const __m256i b0 = _mm256_shuffle_epi8(bytes[0], codes);
+    const __m256i b1 = _mm256_shuffle_epi8(bytes[1], codes);
+    const __m256i b2 = _mm256_shuffle_epi8(bytes[2], codes);
+    const __m256i b3 = _mm256_shuffle_epi8(bytes[3], codes);
+    for (int i = 0; i < 2; ++i) {
+      const __m256i lower = i == 0 ? _mm256_unpacklo_epi8(b0, b1) : _mm256_unpackhi_epi8(b0, b1);
+      const __m256i upper = i == 0 ? _mm256_unpacklo_epi8(b2, b3) : _mm256_unpackhi_epi8(b2, b3);
+      out[2 * i] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(lower, upper));
+      out[2 * i + 1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(lower, upper));
+    }
   }
 };
 
@@ -148,48 +183,45 @@ inline void widen_pairs(__m256i pairs, __m256* even, __m256* odd) {
   *odd = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(-65536)));
 }
 
+// Four columns from the lower and upper bytes of 32 numbers in bf16, in the order of a pair unit.
+inline void widen_bytes(__m256i lower, __m256i upper, __m256* out) {
+  widen_pairs(_mm256_unpacklo_epi8(lower, upper), &out[0], &out[1]);
+  widen_pairs(_mm256_unpackhi_epi8(lower, upper), &out[2], &out[3]);
+}
+
 // Other elements of 4 bits: both bytes of the value as bf16, which holds it, are looked up.
-struct NibbleTableDecoder {
+struct NibbleDecoder {
   static constexpr bool kUnsigned = true;
   __m256i low, high;
 
-  explicit NibbleTableDecoder(const ElementTables& tables)
-      : low(load_table(tables.low)), high(load_table(tables.high)) {}
+  explicit NibbleDecoder(const ElementTables& tables) : low(load_table(tables.low)), high(load_table(tables.high)) {}
 
-  // A shift leaves four columns of a row in a lane, in this order.
-  static constexpr int column(int quarter, int j) { return quarter / 2 * 8 + quarter % 2 * 2 + j / 2 + j % 2 * 4; }
+  static constexpr int column(int quarter, int j) { return nibble_column(quarter, j); }
 
-  template <int Q>
-  void half(const uint8_t* unit, int side, __m256 (&columns)[4]) const {
-    __m256i codes = shift_words<-4 * (Q % 2)>(load_256(unit + Q / 2 * 64 + side * 32));
-    codes = _mm256_and_si256(codes, _mm256_set1_epi8(15));
+  template <int Q, int P>
+  void decode(const uint8_t* unit, __m256* out) const {
+    const __m256i codes = nibbles<Q, P>(unit);
     const __m256i lower = _mm256_shuffle_epi8(low, codes);
     const __m256i upper = _mm256_shuffle_epi8(high, codes);
     // Two rows in a 128-bit half, two lanes each.
     const __m256 first = _mm256_castsi256_ps(_mm256_unpacklo_epi8(lower, upper));
     const __m256 second = _mm256_castsi256_ps(_mm256_unpackhi_epi8(lower, upper));
-    widen_pairs(_mm256_castps_si256(_mm256_shuffle_ps(first, second, 0x88)), &columns[0], &columns[1]);
-    widen_pairs(_mm256_castps_si256(_mm256_shuffle_ps(first, second, 0xdd)), &columns[2], &columns[3]);
-  }
-
-  template <int Q>
-  void decode(const uint8_t* unit, V16* out) const {
-    decode_halves<Q>(*this, unit, out);
+    widen_pairs(_mm256_castps_si256(_mm256_shuffle_ps(first, second, 0x88)), &out[0], &out[1]);
+    widen_pairs(_mm256_castps_si256(_mm256_shuffle_ps(first, second, 0xdd)), &out[2], &out[3]);
   }
 };
 
-// Register Q of a pair unit: 32 of its 64 codes, rows 0..7 (side 0) or 8..15 (side 1). Bits above the code's are junk.
-template <int kBits, int Q>
-inline __m256i pair_codes(const uint8_t* unit, int side) {
-  if constexpr (kBits == 8) return load_256(unit + Q * 64 + side * 32);
-  __m256i codes = shift_words<-4 * (Q % 2)>(load_256(unit + Q / 2 * 64 + side * 32));
+// Register Q of a pair unit: 32 of its 64 codes, rows 8 * P on. Bits above the code's are junk.
+template <int kBits, int Q, int P>
+inline __m256i pair_codes(const uint8_t* unit) {
+  if constexpr (kBits == 8) return load_256(unit + Q * 64 + P * 32);
+  __m256i codes = shift_words<-4 * (Q % 2)>(load_256(unit + Q / 2 * 64 + P * 32));
   if constexpr (kBits >= 6) {
-    codes = select(_mm256_set1_epi8(0x0f), codes, shift_words<4 - 2 * Q>(load_256(unit + 128 + side * 32)));
+    codes = select(_mm256_set1_epi8(0x0f), codes, shift_words<4 - 2 * Q>(load_256(unit + 128 + P * 32)));
   }
   if constexpr (kBits == 5 || kBits == 7) {
     constexpr int kTop = kBits - 1;
-    __m256i plane = load_256(unit + (kBits == 5 ? 128 : 192));
-    if (side == 1) plane = _mm256_srli_epi16(plane, 4);
+    const __m256i plane = shift_words<-4 * P>(load_256(unit + (kBits == 5 ? 128 : 192)));
     codes = select(_mm256_set1_epi8((1 << kTop) - 1), codes, shift_words<kTop - Q>(plane));
   }
   return codes;
@@ -218,38 +250,76 @@ struct TableDecoder {
     }
   }
 
-  template <int Q>
-  void half(const uint8_t* unit, int side, __m256 (&columns)[4]) const {
-    __m256i codes = shift_words<-4 * (Q % 2)>(load_256(unit + Q / 2 * 64 + side * 32));
-    codes = _mm256_and_si256(codes, _mm256_set1_epi8(15));
+  template <int Q, int P>
+  void decode(const uint8_t* unit, __m256* out) const {
+    const __m256i codes = nibbles<Q, P>(unit);
     __m256i lower = _mm256_shuffle_epi8(low[0], codes);
     __m256i upper = _mm256_shuffle_epi8(high[0], codes);
     __m256i sign;
     if constexpr (kBits == 5) {
-      const __m256i plane = load_256(unit + 128);
-      sign = shift_words<7 - Q>(side == 0 ? plane : _mm256_srli_epi16(plane, 4));
+      sign = shift_words<7 - Q>(shift_words<-4 * P>(load_256(unit + 128)));
     } else {
-      // A blend looks at the last bit of a byte: the magnitude's, and then the sign.
-      const __m256i rest = load_256(unit + 128 + side * 32);
+      // The magnitude's last bit, and then the sign.
+      const __m256i rest = load_256(unit + 128 + P * 32);
       const __m256i top = shift_words<7 - 2 * Q>(rest);
-      lower = _mm256_blendv_epi8(lower, _mm256_shuffle_epi8(low[1], codes), top);
-      upper = _mm256_blendv_epi8(upper, _mm256_shuffle_epi8(high[1], codes), top);
+      lower = blend(lower, _mm256_shuffle_epi8(low[1], codes), top);
+      upper = blend(upper, _mm256_shuffle_epi8(high[1], codes), top);
       sign = shift_words<6 - 2 * Q>(rest);
     }
     upper = _mm256_or_si256(upper, _mm256_and_si256(sign, _mm256_set1_epi8(-128)));
-    widen_pairs(_mm256_unpacklo_epi8(lower, upper), &columns[0], &columns[1]);
-    widen_pairs(_mm256_unpackhi_epi8(lower, upper), &columns[2], &columns[3]);
-  }
-
-  template <int Q>
-  void decode(const uint8_t* unit, V16* out) const {
-    decode_halves<Q>(*this, unit, out);
+    widen_bytes(lower, upper, out);
   }
 };
 
-// fp of 7 and 8 bits whose exponents a half has: the code's fields are moved into those of a half, which the hardware
+// fp of 7 and 8 bits with up to three bits of mantissa: both bytes of the value as bf16. Of a normal number the lower
+// one depends on the last four bits of the magnitude, and the upper one is what is above the exponent's last bit, and a
+// bias. Numbers below 8, where the subnormal ones are, have a second look-up of what that gets wrong.
+template <int kBits>
+struct ByteDecoder {
+  static constexpr bool kUnsigned = false;
+  __m256i low, wrong_low, wrong_high, bias, finite, upper_bits;
+  __m128i shift;
+
+  explicit ByteDecoder(const ElementTables& tables) {
+    const int mantissa_bits = kBits - 1 - tables.exponent_bits;
+    shift = _mm_cvtsi32_si128(mantissa_bits + 1);
+    upper_bits = _mm256_set1_epi8(static_cast<char>(0x7f >> (mantissa_bits + 1)));
+    bias = _mm256_set1_epi8(static_cast<char>(tables.high[16] - (16 >> (mantissa_bits + 1))));
+    low = load_table(tables.low + 16);
+    // Entries 8 to 15, which the magnitude plus 120 looks up.
+    alignas(16) uint8_t wrong[2][16] = {};
+    for (int i = 0; i < 8; ++i) {
+      wrong[0][8 + i] = static_cast<uint8_t>(tables.low[i] ^ tables.low[16 + i]);
+      wrong[1][8 + i] = static_cast<uint8_t>(
+          tables.high[i] ^ (tables.high[16] - (16 >> (mantissa_bits + 1)) + (i >> (mantissa_bits + 1))));
+    }
+    wrong_low = load_table(wrong[0]);
+    wrong_high = load_table(wrong[1]);
+    // fp8_e4m3's last magnitude is NaN, fp8_e5m2's last exponent infinity and NaN.
+    finite = _mm256_set1_epi8(tables.nan_code ? 0x7e : tables.exponent_bits == 5 ? 0x7b : 0x7f);
+  }
+
+  template <int Q, int P>
+  void decode(const uint8_t* unit, __m256* out) const {
+    const __m256i codes = pair_codes<kBits, Q, P>(unit);
+    const __m256i magnitude = _mm256_and_si256(codes, _mm256_set1_epi8((1 << (kBits - 1)) - 1));
+    const __m256i below_8 = _mm256_add_epi8(magnitude, _mm256_set1_epi8(0x78));
+    __m256i lower = _mm256_shuffle_epi8(low, magnitude);
+    __m256i upper = _mm256_add_epi8(_mm256_and_si256(_mm256_srl_epi16(magnitude, shift), upper_bits), bias);
+    lower = _mm256_xor_si256(lower, _mm256_shuffle_epi8(wrong_low, below_8));
+    upper = _mm256_xor_si256(upper, _mm256_shuffle_epi8(wrong_high, below_8));
+    if constexpr (kBits == 8) {
+      const __m256i special = _mm256_cmpgt_epi8(magnitude, finite);
+      upper = _mm256_or_si256(upper, _mm256_and_si256(special, _mm256_set1_epi8(0x7f)));
+    }
+    const __m256i sign = _mm256_and_si256(shift_words<8 - kBits>(codes), _mm256_set1_epi8(-128));
+    widen_bytes(lower, _mm256_or_si256(upper, sign), out);
+  }
+};
+
+// fp of 7 and 8 bits with more mantissa: the code's fields are moved into those of a half, which the hardware
 // converts exactly, subnormals included, and the difference of the biases is a power of two.
-template <int kBits, bool kNanCode>
+template <int kBits>
 struct HalfDecoder {
   static constexpr bool kUnsigned = false;
   __m128i exponent_shift;
@@ -262,18 +332,12 @@ struct HalfDecoder {
     uint32_t bits = static_cast<uint32_t>(127 + 15 - ((1 << (tables.exponent_bits - 1)) - 1)) << 23;
     float factor = 1.0f;
     __builtin_memcpy(&factor, &bits, sizeof factor);
-    // fp8_e5m2 has the half's own exponents, infinities and NaNs: factor 1.
     unbias = _mm256_set1_ps(factor);
   }
 
   // Two columns of eight rows.
   void convert(__m256i words, __m256* even, __m256* odd) const {
-    __m256i halves = _mm256_and_si256(_mm256_sra_epi16(words, exponent_shift), fields);
-    if constexpr (kNanCode) {  // fp8_e4m3's all-ones magnitude
-      const __m256i magnitude = _mm256_and_si256(halves, _mm256_set1_epi16(0x7fff));
-      const __m256i nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x3f80));
-      halves = _mm256_or_si256(halves, _mm256_and_si256(nan, _mm256_set1_epi16(0x7fff)));
-    }
+    const __m256i halves = _mm256_and_si256(_mm256_sra_epi16(words, exponent_shift), fields);
     const __m256 a = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));       // rows 0..3
     const __m256 b = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));  // rows 4..7
     const __m256 evens = _mm256_shuffle_ps(a, b, 0x88);
@@ -283,14 +347,10 @@ struct HalfDecoder {
   }
   static __m256 in_order(__m256 v) { return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8)); }
 
-  template <int Q>
-  void decode(const uint8_t* unit, V16* out) const {
-    const __m256i lower = pair_codes<kBits, Q>(unit, 0);
-    const __m256i upper = pair_codes<kBits, Q>(unit, 1);
-    for (int half = 0; half < 2; ++half) {
-      convert(pair_words<kBits>(lower, half), &out[2 * half].lo, &out[2 * half + 1].lo);
-      convert(pair_words<kBits>(upper, half), &out[2 * half].hi, &out[2 * half + 1].hi);
-    }
+  template <int Q, int P>
+  void decode(const uint8_t* unit, __m256* out) const {
+    const __m256i codes = pair_codes<kBits, Q, P>(unit);
+    for (int half = 0; half < 2; ++half) convert(pair_words<kBits>(codes, half), &out[2 * half], &out[2 * half + 1]);
   }
 };
 
@@ -305,15 +365,13 @@ struct IntDecoder {
                                       : _mm256_srli_epi32(top_aligned, 32 - kBits));
   }
 
-  template <int Q>
-  void decode(const uint8_t* unit, V16* out) const {
-    const __m256i lower = pair_codes<kBits, Q>(unit, 0);
-    const __m256i upper = pair_codes<kBits, Q>(unit, 1);
+  template <int Q, int P>
+  void decode(const uint8_t* unit, __m256* out) const {
+    const __m256i codes = pair_codes<kBits, Q, P>(unit);
     for (int half = 0; half < 2; ++half) {
-      const __m256i lo = pair_words<kBits>(lower, half);
-      const __m256i hi = pair_words<kBits>(upper, half);
-      out[2 * half] = {to_float(_mm256_slli_epi32(lo, 16)), to_float(_mm256_slli_epi32(hi, 16))};
-      out[2 * half + 1] = {to_float(lo), to_float(hi)};
+      const __m256i words = pair_words<kBits>(codes, half);
+      out[2 * half] = to_float(_mm256_slli_epi32(words, 16));
+      out[2 * half + 1] = to_float(words);
     }
   }
 };
@@ -329,36 +387,13 @@ struct QuadDecoder {
     return IntDecoder<8, kSigned>::to_float(shift_lanes<24 - 8 * J>(lanes));
   }
 
-  template <int Q>
-  void decode(const uint8_t* unit, V16* out) const {
-    const __m256i lo = load_256(unit + Q * 64);
-    const __m256i hi = load_256(unit + Q * 64 + 32);
-    out[0] = {column<0>(lo), column<0>(hi)};
-    out[1] = {column<1>(lo), column<1>(hi)};
-    out[2] = {column<2>(lo), column<2>(hi)};
-    out[3] = {column<3>(lo), column<3>(hi)};
-  }
-};
-
-// fp with more exponents than a half (fp7_e5m1, fp7_e6m0, fp8_e6m1, fp8_e7m0): rare, so looked up code by code.
-template <int kBits>
-struct LookupDecoder {
-  static constexpr bool kUnsigned = false;
-  const float* values;
-  explicit LookupDecoder(const ElementTables& tables) : values(tables.value) {}
-
-  template <int Q>
-  void decode(const uint8_t* unit, V16* out) const {
-    alignas(32) uint8_t codes[64];
-    _mm256_store_si256(reinterpret_cast<__m256i*>(codes), pair_codes<kBits, Q>(unit, 0));
-    _mm256_store_si256(reinterpret_cast<__m256i*>(codes + 32), pair_codes<kBits, Q>(unit, 1));
-    alignas(32) float columns[4][16];
-    for (int r = 0; r < 16; ++r) {
-      for (int j = 0; j < 4; ++j) {
-        columns[j][r] = values[codes[r / 4 * 16 + j / 2 * 8 + r % 4 * 2 + j % 2] & ((1 << kBits) - 1)];
-      }
-    }
-    for (int j = 0; j < 4; ++j) out[j] = load(columns[j]);
+  template <int Q, int P>
+  void decode(const uint8_t* unit, __m256* out) const {
+    const __m256i lanes = load_256(unit + Q * 64 + P * 32);
+    out[0] = column<0>(lanes);
+    out[1] = column<1>(lanes);
+    out[2] = column<2>(lanes);
+    out[3] = column<3>(lanes);
   }
 };
 
@@ -368,13 +403,8 @@ void find_pair_decoder(const ElementTables& tables, Use use) {
     if constexpr (kBits <= 6) {
       return use(Tag<TableDecoder<kBits>>{});
     } else {
-      // A half's largest exponent means infinity and NaN, as it does in fp8_e5m2 but in no other element.
-      const int half_exponents = kBits == 8 ? 5 : 4;
-      if (tables.exponent_bits > half_exponents) return use(Tag<LookupDecoder<kBits>>{});
-      if constexpr (kBits == 8) {
-        if (tables.nan_code) return use(Tag<HalfDecoder<kBits, true>>{});
-      }
-      return use(Tag<HalfDecoder<kBits, false>>{});
+      if (kBits - 1 - tables.exponent_bits <= 3) return use(Tag<ByteDecoder<kBits>>{});
+      return use(Tag<HalfDecoder<kBits>>{});
     }
   }
   if constexpr (kBits < 8) {
@@ -386,12 +416,12 @@ void find_pair_decoder(const ElementTables& tables, Use use) {
 template <typename Use>
 void find_decoder(const ElementTables& tables, Use use) {
   switch (tables.bits) {
-    case 2: return use(Tag<NibbleDecoder<2>>{});
-    case 3: return use(Tag<NibbleDecoder<3>>{});
+    case 2: return use(Tag<SmallDecoder<2>>{});
+    case 3: return use(Tag<SmallDecoder<3>>{});
     case 4:
       // All but a codebook's.
-      if (tables.is_fp || tables.integer_step == 1) return use(Tag<NibbleTableDecoder>{});
-      return use(Tag<NibbleDecoder<4>>{});
+      if (tables.is_fp || tables.integer_step == 1) return use(Tag<NibbleDecoder>{});
+      return use(Tag<FloatTableDecoder>{});
     case 5: return find_pair_decoder<5>(tables, use);
     case 6: return find_pair_decoder<6>(tables, use);
     case 7: return find_pair_decoder<7>(tables, use);

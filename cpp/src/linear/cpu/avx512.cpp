@@ -49,7 +49,10 @@ inline V16 load_e4m3(const uint8_t* p) {
   return _mm512_mul_ps(_mm512_cvtph_ps(halves_of_e4m3(p)), _mm512_set1_ps(0x1p8f));
 }
 
+using Part = V16;
+constexpr int kParts = 1;
 constexpr int kDirectRows = 8;
+constexpr int kTwoTileRows = 16;
 constexpr int kTileRows = 8;
 constexpr int kPanelBlocks = 2;
 
@@ -102,7 +105,7 @@ struct NibbleDecoder {
     return _mm512_permutexvar_ps(index, values);
   }
 
-  template <int Q>
+  template <int Q, int>
   void decode(const uint8_t* unit, V16* out) const {
     out[0] = column<4 * Q>(unit);
     out[1] = column<4 * Q + 1>(unit);
@@ -197,7 +200,7 @@ struct PairDecoder {
     }
   }
 
-  template <int Q>
+  template <int Q, int>
   void decode(const uint8_t* unit, V16* out) const {
     __m512i columns[2];
     pairs<Q>(unit, columns);
@@ -220,7 +223,7 @@ struct Fp8Decoder {
     interleave(table.low_of(codes), _mm512_ternarylogic_epi32(magnitude, codes, sign, 0xf8), out);
   }
 
-  template <int Q>
+  template <int Q, int>
   void decode(const uint8_t* unit, V16* out) const {
     __m512i columns[2];
     pairs<Q>(unit, columns);
@@ -245,7 +248,7 @@ struct QuadDecoder {
     return _mm512_sub_ps(_mm512_castsi512_ps(placed), _mm512_set1_ps(kSigned ? 0x1p23f + 128 : 0x1p23f));
   }
 
-  template <int Q>
+  template <int Q, int>
   void decode(const uint8_t* unit, V16* out) const {
     __m512i bytes = load_512(unit + Q * 64);
     if constexpr (kSigned) bytes = _mm512_xor_si512(bytes, _mm512_set1_epi8(static_cast<char>(0x80)));

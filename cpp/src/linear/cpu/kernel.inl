@@ -2,12 +2,14 @@
 // define, in an unnamed namespace, and then include this file:
 //
 //   V16                       16 floats: load, store, set1, add, mul, sub, fma(a, b, c) = a * b + c
+//   kParts, Part              1: a Part is a V16; 2: its `lo` and `hi`, which also have add, sub and fma
 //   load_f16, load_bf16, load_e8m0, load_e4m3, load_u8     16 numbers as floats, exactly (all NaN codes arrive as NaN)
 //   store_f16, store_bf16     round to nearest even
 //   kDirectRows               the most rows of x in a direct kernel's registers: 4 or 8
+//   kTwoTileRows              the most rows for which two direct tiles take less time than a panel
 //   kTileRows, kPanelBlocks   shape of the register tile of multiply_panel
-//   a decoder D               D(tables); template <int Q> void decode(const uint8_t* unit, V16 out[4]) const:
-//                             columns 4Q .. 4Q + 3 of a unit, 16 rows each, exact in float;
+//   a decoder D               D(tables); template <int Q, int P> void decode(const uint8_t* unit, Part out[4]) const:
+//                             columns 4Q .. 4Q + 3 of a unit, part P of their 16 rows, exact in float;
 //                             D::kUnsigned: it serves elements with a zero point
 //                             D::column(Q, j), where it has one, is the column that out[j] holds instead of 4Q + j
 //   find_decoder(tables, use) calls use(Tag<D>) for the element
@@ -18,6 +20,17 @@
 // Rounding: a sum of up to 16 K-steps runs in one accumulator (fewer where rows of x are few and several accumulators
 // hide the latency), is multiplied by the group's scale and added to the total in one fma. That gives the bound of
 // linear.hpp: at most 16 + K/16 roundings reach any term.
+
+template <int P, typename V>
+inline auto& part(V& v) {
+  if constexpr (kParts == 1) {
+    return v;
+  } else if constexpr (P == 0) {
+    return v.lo;
+  } else {
+    return v.hi;
+  }
+}
 
 V16 load_scales(const Weights& w, int64_t block, int64_t group) {
   const int64_t at = (block * w.groups + group) * 16;
@@ -103,31 +116,56 @@ inline void prefetch_unit(const uint8_t* codes, int64_t unit_bytes) {
 // --- direct: few rows of x, decoded weights go straight from registers to the arithmetic ---------------------
 
 // sums[m] += x[m] . (quarter Q of the unit), accumulator of a column: its number modulo kAccumulators.
-template <int Q, int kTile, int kAccumulators, bool kZeros, typename D>
+template <int Q, int P, int kTile, int kAccumulators, bool kZeros, typename D>
 [[gnu::always_inline]] inline void multiply_quarter(const D& decoder, const uint8_t* unit, const float* x, V16 zeros,
-                                                    V16 (&sums)[kTile][kAccumulators]) {
-  V16 columns[4];
-  decoder.template decode<Q>(unit, columns);
+                                                    Part (&sums)[kTile][kAccumulators]) {
+  Part columns[4];
+  decoder.template decode<Q, P>(unit, columns);
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
-    const V16 column = kZeros ? sub(columns[j], zeros) : columns[j];
+    const Part column = kZeros ? sub(columns[j], part<P>(zeros)) : columns[j];
 #pragma GCC unroll 8
     for (int m = 0; m < kTile; ++m) {
-      V16& sum = sums[m][j % kAccumulators];
-      sum = fma(column, set1(x[column_of<D>(Q, j) * kTile + m]), sum);
+      const V16 x_value = set1(x[column_of<D>(Q, j) * kTile + m]);
+      Part& sum = sums[m][j % kAccumulators];
+      sum = fma(column, part<P>(x_value), sum);
     }
+  }
+}
+
+// Part P of totals[m] += scale * (x[m] . units).
+template <int P, int kTile, int kAccumulators, bool kZeros, typename D>
+[[gnu::always_inline]] inline void multiply_units(const D& decoder, const uint8_t* codes, int64_t unit_bytes,
+                                                  const float* x, int64_t units, V16 scale, V16 zeros, V16* totals) {
+  const V16 zero = set1(0.0f);
+  Part sums[kTile][kAccumulators];
+  for (int m = 0; m < kTile; ++m) {
+    for (int a = 0; a < kAccumulators; ++a) sums[m][a] = part<P>(zero);
+  }
+  for (int64_t u = 0; u < units; ++u) {
+    if (P == 0) prefetch_unit(codes, unit_bytes);
+    multiply_quarter<0, P, kTile, kAccumulators, kZeros>(decoder, codes, x, zeros, sums);
+    multiply_quarter<1, P, kTile, kAccumulators, kZeros>(decoder, codes, x, zeros, sums);
+    multiply_quarter<2, P, kTile, kAccumulators, kZeros>(decoder, codes, x, zeros, sums);
+    multiply_quarter<3, P, kTile, kAccumulators, kZeros>(decoder, codes, x, zeros, sums);
+    codes += unit_bytes;
+    x += 16 * kTile;
+  }
+  for (int m = 0; m < kTile; ++m) {
+    Part sum = sums[m][0];
+    for (int a = 1; a < kAccumulators; ++a) sum = add(sum, sums[m][a]);
+    part<P>(totals[m]) = fma(sum, part<P>(scale), part<P>(totals[m]));
   }
 }
 
 template <typename D, bool kZeros, int kTile>
 void direct_tile(const Weights& w, const float* x, int rows, const Output& out, int64_t begin, int64_t end) {
   // Accumulators hide the latency of fma; units per sum keep at most 16 steps in each.
-  constexpr int kAccumulators = kTile == 1 ? 4 : kTile == 2 ? 2 : 1;
+  constexpr int kAccumulators = kTile == 1 ? 4 : kTile == 2 ? 2 * kParts : kParts;
   constexpr int kUnitsPerSum = kAccumulators;
   const D decoder(*w.tables);
   for (int64_t block = begin; block < end; ++block) {
-    const uint8_t* unit_codes = w.codes + block * w.units * w.unit_bytes;
-    const float* x_unit = x;
+    const uint8_t* codes = w.codes + block * w.units * w.unit_bytes;
     V16 totals[kTile];
     for (int m = 0; m < kTile; ++m) totals[m] = set1(0.0f);
     int64_t unit = 0;
@@ -136,25 +174,14 @@ void direct_tile(const Weights& w, const float* x, int rows, const Output& out, 
       const V16 scale = load_scales(w, block, group);
       const V16 zeros = kZeros ? load_zeros(w, block, group) : set1(0.0f);
       while (unit < group_end) {
-        V16 sums[kTile][kAccumulators];
-        for (int m = 0; m < kTile; ++m) {
-          for (int a = 0; a < kAccumulators; ++a) sums[m][a] = set1(0.0f);
-        }
-        const int64_t sum_end = unit + kUnitsPerSum < group_end ? unit + kUnitsPerSum : group_end;
-        for (; unit < sum_end; ++unit) {
-          prefetch_unit(unit_codes, w.unit_bytes);
-          multiply_quarter<0, kTile, kAccumulators, kZeros>(decoder, unit_codes, x_unit, zeros, sums);
-          multiply_quarter<1, kTile, kAccumulators, kZeros>(decoder, unit_codes, x_unit, zeros, sums);
-          multiply_quarter<2, kTile, kAccumulators, kZeros>(decoder, unit_codes, x_unit, zeros, sums);
-          multiply_quarter<3, kTile, kAccumulators, kZeros>(decoder, unit_codes, x_unit, zeros, sums);
-          unit_codes += w.unit_bytes;
-          x_unit += 16 * kTile;
-        }
-        for (int m = 0; m < kTile; ++m) {
-          V16 sum = sums[m][0];
-          for (int a = 1; a < kAccumulators; ++a) sum = add(sum, sums[m][a]);
-          totals[m] = fma(sum, scale, totals[m]);
-        }
+        const int64_t units = group_end - unit < kUnitsPerSum ? group_end - unit : kUnitsPerSum;
+        const auto multiply = [&]<int P>() {
+          multiply_units<P, kTile, kAccumulators, kZeros>(decoder, codes + unit * w.unit_bytes, w.unit_bytes,
+                                                          x + unit * 16 * kTile, units, scale, zeros, totals);
+        };
+        multiply.template operator()<0>();
+        if constexpr (kParts == 2) multiply.template operator()<1>();
+        unit += units;
       }
     }
     alignas(64) float result[16];
@@ -182,10 +209,16 @@ constexpr int kPanelCols = kPanelBlocks * 16;
 // Calls use(k, column) for the columns of quarter Q of a unit.
 template <int Q, typename D, typename Use>
 [[gnu::always_inline]] inline void decode_quarter(const D& decoder, const uint8_t* unit, const Use& use) {
-  V16 columns[4];
-  decoder.template decode<Q>(unit, columns);
+  Part parts[kParts][4];
+  decoder.template decode<Q, 0>(unit, parts[0]);
+  if constexpr (kParts == 2) decoder.template decode<Q, 1>(unit, parts[1]);
 #pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) use(column_of<D>(Q, j), columns[j]);
+  for (int j = 0; j < 4; ++j) {
+    V16 column;
+    part<0>(column) = parts[0][j];
+    if constexpr (kParts == 2) part<1>(column) = parts[1][j];
+    use(column_of<D>(Q, j), column);
+  }
 }
 
 template <typename D, typename Use>
@@ -302,5 +335,5 @@ DecodedKernels decoded(const ElementTables& tables, bool zeros) {
   return kernels;
 }
 
-constexpr LinearKernels kTable = {decoded,      multiply_panel, kDirectRows,  kTileRows,
-                                  kPanelBlocks, load_row,       store_columns};
+constexpr LinearKernels kTable = {decoded,   multiply_panel, kDirectRows, kTwoTileRows,
+                                  kTileRows, kPanelBlocks,   load_row,    store_columns};

@@ -90,7 +90,8 @@ struct LinearKernels {
   // sums[tile][panel_blocks * 16] += x . panel for one tile of `tile_rows` rows: x [count * 16][tile_rows], panel as
   // above; each unit's sum is multiplied by scales[unit] (null: 1).
   void (*multiply_panel)(const float* x, const float* panel, const float* scales, int count, float* sums);
-  int direct_rows;  // the most that a direct kernel takes
+  int direct_rows;    // the most that a direct kernel takes
+  int two_tile_rows;  // the most that take two of them rather than a panel; at most twice direct_rows
   int tile_rows;
   int panel_blocks;
 

@@ -104,7 +104,10 @@ inline void store_bf16(uint16_t* p, V16 v) {
   }
 }
 
+using Part = V16;
+constexpr int kParts = 1;
 constexpr int kDirectRows = 4;
+constexpr int kTwoTileRows = 5;
 constexpr int kTileRows = 4;
 constexpr int kPanelBlocks = 1;
 
@@ -115,7 +118,7 @@ struct NibbleDecoder {
   const float* values;
   explicit NibbleDecoder(const ElementTables& tables) : values(tables.value) {}
 
-  template <int Q>
+  template <int Q, int>
   void decode(const uint8_t* unit, V16* out) const {
     for (int j = 0; j < 4; ++j) {
       const int k = 4 * Q + j;
@@ -149,7 +152,7 @@ struct ByteDecoder {
   const float* values;
   explicit ByteDecoder(const ElementTables& tables) : values(tables.value) {}
 
-  template <int Q>
+  template <int Q, int>
   void decode(const uint8_t* unit, V16* out) const {
     uint8_t codes[64];
     for (int b = 0; b < 64; ++b) {
