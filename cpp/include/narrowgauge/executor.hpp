@@ -26,8 +26,9 @@ class Executor {
   // Takes effect with the next call. Throws InvalidArgument unless threads >= 1, SystemError if the system gives none.
   virtual void set_threads(int threads) = 0;
 
-  // Splits [0, count) into chunks of at least `grain` (the last may be shorter), runs them on all threads and
-  // returns when all are done. The body's writes are visible to the caller. Chunks start at multiples of the grain.
+  // Splits [0, count) into chunks of at least `grain` whose sizes differ by one at most, runs them on all threads and
+  // returns when all are done; it is one chunk, in the caller's thread, where two would be smaller. The body's writes
+  // are visible to the caller.
   template <typename F>
   void parallel_for(int64_t count, int64_t grain, const F& f) {
     run(

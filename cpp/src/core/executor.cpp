@@ -35,23 +35,27 @@ struct Job {
   Executor::Body body;
   const void* context;
   int64_t count;
-  int64_t chunk;
+  int64_t chunks;
   std::atomic<int64_t> next{0};
 
   Job(Executor::Body body_, const void* context_, int64_t count_, int64_t grain, int threads)
       : body(body_), context(context_), count(count_) {
-    // About four chunks a thread even out the threads' speeds; each is a whole number of grains.
-    const int64_t share = (count + 4 * threads - 1) / (4 * threads);
-    chunk = (share + grain - 1) / grain * grain;
+    // About four chunks a thread even out the threads' speeds, and as many for each their work.
+    chunks = std::min<int64_t>(count / grain, 4 * threads);
+    if (chunks > threads) chunks -= chunks % threads;
   }
 
   void work() noexcept {
     for (;;) {
-      const int64_t begin = next.fetch_add(chunk, std::memory_order_relaxed);
-      if (begin >= count) return;
-      body(context, begin, std::min(begin + chunk, count));
+      const int64_t chunk = next.fetch_add(1, std::memory_order_relaxed);
+      if (chunk >= chunks) return;
+      body(context, start(chunk), start(chunk + 1));
     }
   }
+
+ private:
+  // The first count % chunks chunks have one more.
+  int64_t start(int64_t chunk) const noexcept { return count / chunks * chunk + std::min(chunk, count % chunks); }
 };
 
 // Workers spin this many pauses (some tens of microseconds) after their last job, then sleep.
@@ -105,7 +109,7 @@ class Pool final : public Executor {
 
   void run(int64_t count, int64_t grain, Body body, const void* context) override {
     if (count <= 0) return;
-    if (count <= grain || threads() == 1) {
+    if (count / grain < 2 || threads() == 1) {
       body(context, 0, count);
       return;
     }
@@ -215,7 +219,7 @@ class OpenMp final : public Executor {
   void run(int64_t count, int64_t grain, Body body, const void* context) override {
     if (count <= 0) return;
     const int threads = runtime_.max_threads();
-    if (count <= grain || threads == 1) {
+    if (count / grain < 2 || threads == 1) {
       body(context, 0, count);
       return;
     }

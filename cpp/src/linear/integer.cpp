@@ -11,6 +11,7 @@
 
 #include "narrowgauge/device.hpp"
 #include "narrowgauge/error.hpp"
+#include "work.hpp"
 
 namespace ng {
 namespace {
@@ -312,7 +313,8 @@ CpuLinearPlan integer_plan(int64_t rows, const PackedLayout& layout, bool wide) 
   plan.x_rows = std::min<int64_t>(rows, k.tile_rows);
   plan.pass_rows = std::min<int64_t>(rows, k.max_rows);
   plan.passes = ceil_div(rows, plan.pass_rows);
-  const int64_t grain = k.amx() ? strip_grain(layout.units, plan.pass_rows) : task_grain(layout.units, plan.pass_rows);
+  const int64_t strip = k.amx() ? cpu::kAmxBlocks : 1;
+  const int64_t grain = strip * task_grain(layout.units * strip, plan.pass_rows);
   plan.task_rows = grain * kBlockRows;
   plan.tasks = ceil_div(layout.blocks, grain) * plan.passes;
   return plan;
@@ -328,8 +330,8 @@ void integer_linear(const IntegerRowsOf& source, const cpu::Weights& w, UnitOrde
     const int64_t rows = std::min(pass_rows, source.x.rows - first);
     const cpu::IntegerRows x = pass.round(first, rows, executor);
     const cpu::Output target = rows_from(out, first);
-    executor.parallel_for(w.blocks, k.amx() ? strip_grain(w.units, rows) : task_grain(w.units, rows),
-                          [&](int64_t begin, int64_t end) { multiply(w, x, target, begin, end); });
+    for_each_block(w.blocks, k.amx() ? cpu::kAmxBlocks : 1, w.units, rows, executor,
+                   [&](int64_t begin, int64_t end) { multiply(w, x, target, begin, end); });
   }
 }
 

@@ -6,8 +6,8 @@
 #include <cstddef>
 #include <cstring>
 
-#include "integer.hpp"
 #include "narrowgauge/device.hpp"
+#include "work.hpp"
 
 namespace ng {
 namespace {
@@ -48,7 +48,7 @@ CpuLinearPlan tile_plan(int64_t rows, const PackedLayout& layout) {
   plan.x_rows = std::min<int64_t>(rows, cpu::kAmxRows);
   plan.pass_rows = std::min<int64_t>(rows, cpu::kMaxAmxRows);
   plan.passes = ceil_div(rows, plan.pass_rows);
-  const int64_t grain = strip_grain(layout.units, plan.pass_rows);
+  const int64_t grain = cpu::kAmxBlocks * task_grain(layout.units * cpu::kAmxBlocks, plan.pass_rows);
   plan.task_rows = grain * kBlockRows;
   plan.tasks = ceil_div(layout.blocks, grain) * plan.passes;
   return plan;
@@ -76,9 +76,9 @@ void tile_linear([[maybe_unused]] const MatrixView& x, [[maybe_unused]] const cp
       }
     });
     const cpu::TileRows tiles{values, steps, static_cast<int>(rows), static_cast<int>(tile_rows)};
-    executor.parallel_for(
-        w.blocks, strip_grain(w.units, rows),
-        [&, target = rows_from(out, first)](int64_t begin, int64_t end) { multiply(w, tiles, target, begin, end); });
+    const cpu::Output target = rows_from(out, first);
+    for_each_block(w.blocks, cpu::kAmxBlocks, w.units, rows, executor,
+                   [&](int64_t begin, int64_t end) { multiply(w, tiles, target, begin, end); });
   }
 #endif
 }

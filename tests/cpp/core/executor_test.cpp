@@ -5,8 +5,10 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <functional>
 #include <numeric>
 #include <thread>
 #include <vector>
@@ -17,15 +19,22 @@
 namespace ng {
 namespace {
 
-// Runs over [0, count) and checks that each index is visited once, in chunks that start at multiples of the grain.
+// Runs over [0, count) and checks that each index is visited once, in chunks of at least a grain that are equal.
 void check_covers(Executor& executor, int64_t count, int64_t grain) {
   std::vector<std::atomic<int>> visits(static_cast<size_t>(count));
-  std::atomic<bool> aligned{true};
+  std::atomic<int64_t> shortest{count};
+  std::atomic<int64_t> longest{0};
+  const auto update = [](std::atomic<int64_t>& value, int64_t size, auto better) {
+    for (int64_t now = value.load(); better(size, now) && !value.compare_exchange_weak(now, size);) {
+    }
+  };
   executor.parallel_for(count, grain, [&](int64_t begin, int64_t end) {
-    if (begin % grain != 0 || begin >= end) aligned = false;
+    update(shortest, end - begin, std::less<>{});
+    update(longest, end - begin, std::greater<>{});
     for (int64_t i = begin; i < end; ++i) visits[static_cast<size_t>(i)].fetch_add(1, std::memory_order_relaxed);
   });
-  EXPECT_TRUE(aligned);
+  EXPECT_GE(shortest, std::min(grain, count));
+  EXPECT_LE(longest, shortest + 1);
   for (const auto& visit : visits) ASSERT_EQ(visit.load(), 1);
 }
 

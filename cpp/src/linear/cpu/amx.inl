@@ -50,7 +50,6 @@ inline void multiply_tiles() {
   }
 }
 
-constexpr int kStripBlocks = 4;
 constexpr int kSegmentSteps = 4;
 static_assert(kSegmentSteps * kByteStepUnits == kSegmentUnits);
 
@@ -126,7 +125,7 @@ inline TileSegment segment_at(const Weights& w, int64_t block, int64_t group, in
 template <int kUnits>
 inline TileSegment next_segment(const Weights& w, const TileSegment& s) {
   const int64_t unit = s.unit + s.units;
-  if (unit == w.units) return segment_at<kUnits>(w, s.block + kStripBlocks, 0, 0, 0, 0);
+  if (unit == w.units) return segment_at<kUnits>(w, s.block + kAmxBlocks, 0, 0, 0, 0);
   const int64_t group = unit == (s.group + 1) * w.units_per_group ? s.group + 1 : s.group;
   return segment_at<kUnits>(w, s.block, group, s.number + 1, unit, s.step + s.steps);
 }
@@ -137,7 +136,7 @@ template <typename W>
                                                int64_t end, Tile* out) {
   constexpr int kUnitBytes = 1024 / W::kUnits;
   const int64_t first = step * W::kUnits;
-  for (int64_t b = 0; b < kStripBlocks; ++b) {
+  for (int64_t b = 0; b < kAmxBlocks; ++b) {
     const int64_t block = s.block + b < end ? s.block + b : end - 1;
     const uint8_t* codes = w.codes + (block * w.units + s.unit + first) * w.unit_bytes;
     for (int64_t u = 0; u < W::kUnits; ++u) {
@@ -175,8 +174,8 @@ template <typename W, typename Fold, typename Finish>
   constexpr int kUnits = W::kUnits;
   const W weights(*w.tables);
   const int rows = planes * x.tile_rows;
-  Tile panels[2][kSegmentSteps * kStripBlocks];
-  Tile sums[kStripBlocks];
+  Tile panels[2][kSegmentSteps * kAmxBlocks];
+  Tile sums[kAmxBlocks];
 
   TileConfig config{};
   config.palette = 1;
@@ -190,7 +189,7 @@ template <typename W, typename Fold, typename Finish>
   Tile* panel = panels[0];
   Tile* ahead = panels[1];
   for (int64_t step = 0; step < now.steps; ++step) {
-    decode_step(weights, w, now, step, end, panel + step * kStripBlocks);
+    decode_step(weights, w, now, step, end, panel + step * kAmxBlocks);
   }
   while (now.block < end) {
     const TileSegment next = next_segment<kUnits>(w, now);
@@ -202,9 +201,9 @@ template <typename W, typename Fold, typename Finish>
       zero_tile<2>();
       zero_tile<3>();
       for (int64_t step = 0; step < now.steps; ++step) {
-        multiply_step<W::kBf16>(tile + step * rows * 64, panel + step * kStripBlocks);
+        multiply_step<W::kBf16>(tile + step * rows * 64, panel + step * kAmxBlocks);
         if (row == 0 && step < next_steps) {
-          decode_step(weights, w, next, step, end, ahead + step * kStripBlocks);
+          decode_step(weights, w, next, step, end, ahead + step * kAmxBlocks);
         }
       }
       store_tile<0>(sums);
@@ -215,7 +214,7 @@ template <typename W, typename Fold, typename Finish>
       tile += x.tile_steps * rows * 64;
     }
     for (int64_t step = now.steps; step < next_steps; ++step) {
-      decode_step(weights, w, next, step, end, ahead + step * kStripBlocks);
+      decode_step(weights, w, next, step, end, ahead + step * kAmxBlocks);
     }
     if (next.block != now.block) finish(now.block);
     Tile* decoded = ahead;
@@ -231,9 +230,8 @@ inline int valid_rows(const TileRows& x, int row) { return x.rows - row < x.tile
 
 // Writes the totals [row][block] of a strip, and leaves them zero.
 inline void finish_strip(V16* totals, int rows, const Output& out, int64_t block, int64_t end) {
-  for (int b = 0; b < kStripBlocks && block + b < end; ++b)
-    store_totals(totals + b, kStripBlocks, rows, out, block + b);
-  for (int i = 0; i < rows * kStripBlocks; ++i) totals[i] = set1(0.0f);
+  for (int b = 0; b < kAmxBlocks && block + b < end; ++b) store_totals(totals + b, kAmxBlocks, rows, out, block + b);
+  for (int i = 0; i < rows * kAmxBlocks; ++i) totals[i] = set1(0.0f);
 }
 
 inline __m512i sums_of(const Tile& tile, int row) { return load_512(tile.bytes + 64 * row); }
@@ -241,8 +239,8 @@ inline __m512i sums_of(const Tile& tile, int row) { return load_512(tile.bytes +
 template <typename D, int kPlanes>
 void amx_integer(const Weights& w, const IntegerRows& x, const Output& out, int64_t begin, int64_t end) {
   if (w.units == 0) return integer_blocks<D, kPlanes>(w, x, out, begin, end);
-  V16 totals[kMaxAmxRows * kStripBlocks];
-  for (int i = 0; i < x.rows * kStripBlocks; ++i) totals[i] = set1(0.0f);
+  V16 totals[kMaxAmxRows * kAmxBlocks];
+  for (int i = 0; i < x.rows * kAmxBlocks; ++i) totals[i] = set1(0.0f);
   constexpr int kRows = kAmxRows / kPlanes;
   const int tile_rows = x.rows < kRows ? x.rows : kRows;
   const TileRows tiles{x.values, x.tile_steps, x.rows, tile_rows};
@@ -250,12 +248,12 @@ void amx_integer(const Weights& w, const IntegerRows& x, const Output& out, int6
       w, tiles, kPlanes, begin, end,
       [&](int row, const Tile* sums, const TileSegment& s) {
         const int32_t* x_sums = x.sums + row * x.segments + s.number * tile_rows;
-        for (int b = 0; b < kStripBlocks && s.block + b < end; ++b) {
+        for (int b = 0; b < kAmxBlocks && s.block + b < end; ++b) {
           const IntegerGroup group = load_group(w, s.block + b, s.group, w.tables->byte_offset);
           for (int m = 0; m < valid_rows(tiles, row); ++m) {
             __m512i sum = sums_of(sums[b], m);
             if constexpr (kPlanes == 2) sum = join_planes(sum, sums_of(sums[b], tile_rows + m));
-            V16& total = totals[(row + m) * kStripBlocks + b];
+            V16& total = totals[(row + m) * kAmxBlocks + b];
             total = add_segment(total, sum, group, x_sums[m], x.steps[row + m]);
           }
         }
@@ -265,15 +263,15 @@ void amx_integer(const Weights& w, const IntegerRows& x, const Output& out, int6
 
 template <typename D, bool kZeros>
 void amx_bf16(const Weights& w, const TileRows& x, const Output& out, int64_t begin, int64_t end) {
-  V16 totals[kMaxAmxRows * kStripBlocks];
-  for (int i = 0; i < x.rows * kStripBlocks; ++i) totals[i] = set1(0.0f);
+  V16 totals[kMaxAmxRows * kAmxBlocks];
+  for (int i = 0; i < x.rows * kAmxBlocks; ++i) totals[i] = set1(0.0f);
   multiply_strips<Bf16Weights<D, kZeros>>(
       w, x, 1, begin, end,
       [&](int row, const Tile* sums, const TileSegment& s) {
-        for (int b = 0; b < kStripBlocks && s.block + b < end; ++b) {
+        for (int b = 0; b < kAmxBlocks && s.block + b < end; ++b) {
           const V16 scale = load_scales(w, s.block + b, s.group);
           for (int m = 0; m < valid_rows(x, row); ++m) {
-            V16& total = totals[(row + m) * kStripBlocks + b];
+            V16& total = totals[(row + m) * kAmxBlocks + b];
             total = fma(_mm512_castsi512_ps(sums_of(sums[b], m)), scale, total);
           }
         }

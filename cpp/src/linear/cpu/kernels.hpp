@@ -143,6 +143,7 @@ struct TileRows {
 };
 
 inline constexpr int kAmxRows = 16;
+inline constexpr int kAmxBlocks = 4;  // of weights that share a tile of x
 inline constexpr int kMaxAmxRows = 256;
 inline constexpr int kByteStepUnits = 4;
 inline constexpr int kBf16StepUnits = 2;
