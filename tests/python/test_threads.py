@@ -35,6 +35,29 @@ def test_many_threads_at_once(activations: str) -> None:
         assert all(pool.map(work, range(8)))
 
 
+@pytest.mark.parametrize("activations", ["exact", "int8"])
+def test_torch_multiplies_between(activations: str) -> None:
+    """torch's bf16 products (oneDNN, with AMX where there is one) and ours, in turns in two threads and on the threads
+    of OpenMP that both share: with AMX each configures the tiles of these threads for itself."""
+    q = ng.quantize(torch.randn(192, 576), ng.fp6).pack()
+    w = torch.randn(192, 576).bfloat16()
+    xs = [torch.randn(rows, 576).bfloat16() for rows in (1, 3, 16, 40)]
+
+    def products(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return ng.linear(x, q, activations=activations), torch.nn.functional.linear(x, w)
+
+    expected = [products(x) for x in xs]
+    barrier = threading.Barrier(2)
+
+    def work(start: int) -> bool:
+        barrier.wait()
+        order = [(start + i) % len(xs) for i in range(200)]
+        return all(all(map(torch.equal, products(xs[i]), expected[i])) for i in order)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(work, range(2)))
+
+
 def test_many_threads_quantize() -> None:
     w = torch.randn(64, 256)
     expected = ng.quantize(w, ng.int4).codes
