@@ -4,9 +4,10 @@
 // never throw. The Python bindings map each type to the built-in exception named beside it.
 #pragma once
 
-#include <sstream>
+#include <concepts>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 namespace ng {
 
@@ -77,12 +78,33 @@ class CheckpointCorrupt : public FileCorrupt {
   using FileCorrupt::FileCorrupt;
 };
 
-// Joins its arguments as text: concat("x has ", 3, " columns").
+namespace detail {
+
+inline std::string_view text_of(std::string_view text) noexcept { return text; }
+template <std::integral T>
+std::string text_of(T value) {
+  if constexpr (std::same_as<T, char>) {
+    return {value};
+  } else {
+    return std::to_string(value);
+  }
+}
+std::string text_of(double value);  // six digits
+std::string text_of_pointer(const void* value);
+template <std::same_as<void> T>  // and not of characters
+std::string text_of(const T* value) {
+  return text_of_pointer(value);
+}
+
+}  // namespace detail
+
+// Joins its arguments as text: concat("x has ", 3, " columns"). Not by a stream, which takes a fifth of the time that
+// the library takes to compile.
 template <typename... Parts>
 std::string concat(const Parts&... parts) {
-  std::ostringstream out;
-  (out << ... << parts);
-  return out.str();
+  std::string out;
+  ((out += detail::text_of(parts)), ...);
+  return out;
 }
 
 }  // namespace ng

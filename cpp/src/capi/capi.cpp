@@ -116,8 +116,8 @@ class OptionalView {
 ng::QuantizeOptions options_of(const ng_quantize_options* options) {
   if (options == nullptr) return {};
   const ng_nan_policy nan = options->nan;
-  NG_CHECK(nan == NG_NAN_ERROR || nan == NG_NAN_SATURATE || nan == NG_NAN_KEEP, InvalidArgument, "nan is ", nan,
-           "; expected NG_NAN_ERROR, NG_NAN_SATURATE or NG_NAN_KEEP");
+  NG_CHECK(nan == NG_NAN_ERROR || nan == NG_NAN_SATURATE || nan == NG_NAN_KEEP, InvalidArgument, "nan is ",
+           static_cast<int>(nan), "; expected NG_NAN_ERROR, NG_NAN_SATURATE or NG_NAN_KEEP");
   return {.search = options->search_mse != 0 ? ng::ScaleSearch::mse : ng::ScaleSearch::absmax,
           .nan = static_cast<ng::NanPolicy>(nan),
           .full_range = options->full_range != 0,
