@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import random
 import statistics
 import tempfile
@@ -89,6 +90,11 @@ class LlamaCpp:
         return int(np.ctypeslib.as_array(logits, shape=(self.llama.n_vocab(),)).argmax())
 
 
+@ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+def _silent(level: int, text: bytes, data: object) -> None:
+    """Where llama.cpp's words go."""
+
+
 class _Zeros(torch.nn.Module):
     """A linear layer's output without the product."""
 
@@ -133,6 +139,7 @@ def llama_cpp(path: Path, types: list[str], context: int, folder: Path) -> dict[
     if path.suffix != ".gguf":
         print(f"llama.cpp is absent: it needs a GGUF file, got {path}")
         return {}
+    llama_cpp.llama_log_set(_silent, None)
     models: dict[str, Contender] = {}
     for name in types:
         options = llama_cpp.llama_model_quantize_default_params()
