@@ -8,6 +8,7 @@
 #include <link.h>
 #include <pthread.h>
 #include <sched.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -88,6 +89,7 @@ class Pool final : public Executor {
     NG_CHECK(threads >= 1 && threads < static_cast<int>(kInside), InvalidArgument, "an executor needs 1 to ",
              kInside - 1, " threads, got ", threads);
     stopping_.store(false);
+    kept_off_ = -1;
     workers_.reserve(static_cast<size_t>(threads - 1));
     try {
       for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { serve(); });
@@ -118,10 +120,25 @@ class Pool final : public Executor {
     job_ = &job;
     const uint32_t epoch = (state_.load(std::memory_order_relaxed) & ~(kOpen | kInside)) + kEpoch;
     state_.store(epoch | kOpen);
-    if (sleepers_.load() != 0) state_.notify_all();
+    if (sleepers_.load() != 0) {
+      keep_off(sched_getcpu());
+      state_.notify_all();
+    }
     job.work();
     state_.fetch_and(~kOpen, std::memory_order_relaxed);
     while ((state_.load(std::memory_order_acquire) & kInside) != 0) pause_cpu();
+  }
+
+  // Leaves the workers all of the process's cores but this one, the caller's. The kernel may wake a thread on the core
+  // of its waker, though another is idle, and there it would wait until the caller has done all the work.
+  void keep_off(int cpu) noexcept {
+    if (cpu == kept_off_) return;
+    kept_off_ = cpu;
+    cpu_set_t cores;
+    if (cpu < 0 || sched_getaffinity(getpid(), sizeof cores, &cores) != 0) return;
+    CPU_CLR(static_cast<size_t>(cpu), &cores);
+    if (CPU_COUNT(&cores) == 0) return;
+    for (std::thread& worker : workers_) pthread_setaffinity_np(worker.native_handle(), sizeof cores, &cores);
   }
 
   void serve() noexcept {
@@ -162,6 +179,7 @@ class Pool final : public Executor {
   std::atomic<uint32_t> state_{0};
   std::atomic<int> sleepers_{0};
   std::atomic<bool> stopping_{false};
+  int kept_off_ = -1;   // guarded by mutex_; -1: no core
   Job* job_ = nullptr;  // valid while a job is open or a worker is inside
 };
 

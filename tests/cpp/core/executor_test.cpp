@@ -2,6 +2,8 @@
 #include "narrowgauge/executor.hpp"
 
 #include <gtest/gtest.h>
+#include <pthread.h>
+#include <sched.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -77,6 +79,25 @@ TEST(Executor, WakesSleepingWorkers) {
     std::this_thread::sleep_for(std::chrono::milliseconds(5));  // far beyond the spin
     check_covers(*pool, 100, 1);
   }
+}
+
+TEST(Executor, WakesWorkersOnOtherCoresThanTheCallers) {
+  cpu_set_t cores;
+  ASSERT_EQ(sched_getaffinity(getpid(), sizeof cores, &cores), 0);
+  if (CPU_COUNT(&cores) < 2) GTEST_SKIP() << "one core";
+  const auto pool = make_pool(2);
+  std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  const std::thread::id caller = std::this_thread::get_id();
+  std::atomic<int> left{-1};  // to the worker
+  pool->parallel_for(2, 1, [&](int64_t, int64_t) {
+    if (std::this_thread::get_id() == caller) {
+      while (left < 0) std::this_thread::yield();
+      return;
+    }
+    cpu_set_t mine;
+    left = pthread_getaffinity_np(pthread_self(), sizeof mine, &mine) == 0 ? CPU_COUNT(&mine) : 0;
+  });
+  EXPECT_EQ(left, CPU_COUNT(&cores) - 1);
 }
 
 TEST(Executor, ChangesSize) {
