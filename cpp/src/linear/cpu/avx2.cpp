@@ -72,7 +72,7 @@ inline __m256 sub(__m256 a, __m256 b) { return _mm256_sub_ps(a, b); }
 inline __m256 fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
 
 constexpr int kDirectRows = 4;
-constexpr int kTwoTileRows = 5;
+constexpr int kTwoTileRows = 4;
 constexpr int kTileRows = 4;
 constexpr int kPanelBlocks = 1;
 

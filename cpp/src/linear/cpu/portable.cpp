@@ -107,7 +107,7 @@ inline void store_bf16(uint16_t* p, V16 v) {
 using Part = V16;
 constexpr int kParts = 1;
 constexpr int kDirectRows = 4;
-constexpr int kTwoTileRows = 5;
+constexpr int kTwoTileRows = 4;
 constexpr int kTileRows = 4;
 constexpr int kPanelBlocks = 1;
 
