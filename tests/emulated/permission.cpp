@@ -1,16 +1,11 @@
 // The permission for AMX's tiles, on a CPU that is made to claim every feature (tests/emulated/run): what the choice of
 // the instruction set makes of the system's answer. A child for each, since a process asks once.
 #include <gtest/gtest.h>
-#include <linux/filter.h>
-#include <linux/seccomp.h>
-#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <cerrno>
-#include <cstddef>
 #include <cstring>
-#include <iterator>
 #include <string>
 
 #include "io/system.hpp"
@@ -19,18 +14,6 @@
 namespace ng {
 namespace {
 
-// Makes arch_prctl return this error, or success where it is 0, without being asked of the kernel.
-bool answer(unsigned error) {
-  sock_filter filter[] = {
-      BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
-      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_arch_prctl, 0, 1),
-      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | error),
-      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
-  };
-  const sock_fprog program{std::size(filter), filter};
-  return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0 && prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) == 0;
-}
-
 bool refused_with(int error) {
   return isa_supported() == Isa::avx512 && isa() == Isa::avx512 &&
          why_no_amx().find(std::string("refuses permission to use tiles: ") + std::strerror(error)) !=
@@ -38,11 +21,14 @@ bool refused_with(int error) {
 }
 
 TEST(TilePermission, IsAskedFor) {
-  EXPECT_EQ(run_in_child([] { return answer(0) && isa_supported() == Isa::amx && why_no_amx().empty() ? 0 : 1; }), 0);
+  EXPECT_EQ(run_in_child([] {
+              return answer(SYS_arch_prctl, 0) && isa_supported() == Isa::amx && why_no_amx().empty() ? 0 : 1;
+            }),
+            0);
 }
 
 TEST(TilePermission, RefusedByAContainerLeavesAvx512) {
-  EXPECT_EQ(run_in_child([] { return answer(EPERM) && refused_with(EPERM) ? 0 : 1; }), 0);
+  EXPECT_EQ(run_in_child([] { return answer(SYS_arch_prctl, EPERM) && refused_with(EPERM) ? 0 : 1; }), 0);
 }
 
 TEST(TilePermission, RefusedByTheKernelLeavesAvx512) {

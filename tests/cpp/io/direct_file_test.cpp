@@ -2,9 +2,6 @@
 #include "io/direct_file.hpp"
 
 #include <gtest/gtest.h>
-#include <linux/filter.h>
-#include <linux/seccomp.h>
-#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -14,7 +11,6 @@
 #include <cerrno>
 #include <csignal>
 #include <cstddef>
-#include <iterator>
 #include <set>
 #include <string>
 #include <thread>
@@ -498,18 +494,6 @@ TEST_P(DirectFileTest, OpenModes) {
 
 // --- which engine ---------------------------------------------------------------------------------------------
 
-// Makes a system call fail with EPERM in this thread and what it starts, as container runtimes do.
-bool deny(unsigned call) {
-  sock_filter filter[] = {
-      BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
-      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, call, 0, 1),
-      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM),
-      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
-  };
-  const sock_fprog program{std::size(filter), filter};
-  return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0 && prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) == 0;
-}
-
 bool has(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
 
 class IoEngineTest : public testing::Test {
@@ -534,7 +518,7 @@ TEST_F(IoEngineTest, IsIoUringWhereThereIsOne) {
 TEST_F(IoEngineTest, IsThreadsWhereTheKernelRefusesIoUring) {
   EXPECT_EQ(run_in_child([&] {
               unsetenv("NARROWGAUGE_IO_ENGINE");
-              if (!deny(SYS_io_uring_setup)) return 1;
+              if (!answer(SYS_io_uring_setup, EPERM)) return 1;
               const std::string why = why_no_io_uring();
               if (!has(why, "Operation not permitted") && !has(why, "without liburing")) return 2;
               try {
@@ -557,7 +541,7 @@ TEST_F(IoEngineTest, ASandboxThatClosesLaterStopsNothing) {
   EXPECT_EQ(run_in_child([&] {
               const auto file = create(IoEngine::io_uring);
               file->write(bytes_.part(0, 4 * kBlock), 0, 0);
-              if (!deny(SYS_io_uring_enter)) return 1;
+              if (!answer(SYS_io_uring_enter, EPERM)) return 1;
               for (size_t i = 1; i < 4; ++i) file->write(bytes_.part(i * 4 * kBlock, 4 * kBlock), i * 4 * kBlock, i);
               if (wait_for_all(*file).size() != 4) return 2;
               for (int i = 0; i < 50; ++i) file->write(bytes_.part(0, kBlock), 0, 0);

@@ -76,4 +76,8 @@ inline constexpr int kCannotMount = 200;
 // Mounts a tmpfs of `size` ("1m") over `path`, seen by this process alone and gone with it: for child processes.
 bool mount_small_disk(const std::filesystem::path& path, const std::string& size);
 
+// Makes a system call return this errno at once, or success where it is 0, in this thread and what it starts, as
+// container runtimes do (seccomp): for child processes. Whether the system lets it.
+bool answer(unsigned call, unsigned error);
+
 }  // namespace ng

@@ -92,7 +92,7 @@ inline __m256i shift_words(__m256i v) {
 inline __m256i select(__m256i mask, __m256i a, __m256i b) {
   return _mm256_or_si256(_mm256_and_si256(mask, a), _mm256_andnot_si256(mask, b));
 }
-// Bytes of b where the byte of `choice` has its last bit set, of a elsewhere. Not the intrinsic, which GCC precedes by
+// Bytes of b where the byte of `choice` has its top bit set, of a elsewhere. Not the intrinsic, which GCC precedes by
 // a comparison.
 inline __m256i blend(__m256i a, __m256i b, __m256i choice) {
   __m256i result;
@@ -259,7 +259,7 @@ struct TableDecoder {
     if constexpr (kBits == 5) {
       sign = shift_words<7 - Q>(shift_words<-4 * P>(load_256(unit + 128)));
     } else {
-      // The magnitude's last bit, and then the sign.
+      // The magnitude's top bit, and then the sign.
       const __m256i rest = load_256(unit + 128 + P * 32);
       const __m256i top = shift_words<7 - 2 * Q>(rest);
       lower = blend(lower, _mm256_shuffle_epi8(low[1], codes), top);
@@ -273,7 +273,7 @@ struct TableDecoder {
 
 // fp of 7 and 8 bits with up to three bits of mantissa: both bytes of the value as bf16. Of a normal number the lower
 // one depends on the last four bits of the magnitude, and the upper one is what is above the exponent's last bit, and a
-// bias. Numbers below 8, where the subnormal ones are, have a second look-up of what that gets wrong.
+// bias. Codes below 8, where the subnormal numbers are, have a second look-up of what that gets wrong.
 template <int kBits>
 struct ByteDecoder {
   static constexpr bool kUnsigned = false;
