@@ -29,7 +29,7 @@ from typing import Any
 import narrowgauge as ng
 import protocol
 import torch
-from linear_peers import PEERS, Case, copies, torch_ops
+from linear_peers import PEERS, Case, all_cores, copies, torch_ops
 
 FORMATS = ["fp6", "int8", "fp8", "fp5", "fp4", "int4", "mxfp6"]
 TABLES = ["DRAM", "cache", "unpinned"]
@@ -59,7 +59,8 @@ def peers_of(w: torch.Tensor, names: list[str], gigabytes: float) -> dict[str, C
     cases = torch_ops(w, gigabytes)
     for name in names:
         try:
-            cases |= PEERS[name](w, gigabytes)
+            with all_cores():
+                cases |= PEERS[name](w, gigabytes)
         except ImportError as missing:
             print(f"{name} is absent: {missing}")
     return cases

@@ -7,9 +7,10 @@ that is not there raises ImportError, which the caller reports as absent.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -34,9 +35,22 @@ class Case:
 
     def bind(self, x: torch.Tensor) -> Callable[[int], object]:
         weights, call, first = self.weights, self.call, self.first
-        for each in weights:  # once, since some libraries prepare at the first call of a shape
-            call(x, each)
+        with all_cores():
+            for each in weights:  # once, since some libraries prepare at the first call of a shape
+                call(x, each)
         return lambda number: call(x, weights[(number + first) % len(weights)])
+
+
+@contextlib.contextmanager
+def all_cores() -> Iterator[None]:
+    """A library's threads that start meanwhile may run on all cores, not on the one alone that OpenMP has pinned this
+    thread to, and that they would inherit."""
+    mine = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, set(map(int, os.environ.get("GOMP_CPU_AFFINITY", "").split())) or mine)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, mine)
 
 
 def copies(nbytes: int, gigabytes: float) -> int:

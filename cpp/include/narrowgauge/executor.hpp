@@ -3,8 +3,8 @@
 // There is one per process. It either owns a pool (workers spin for a short while after each call, then sleep)
 // or lends itself the threads of an OpenMP runtime that is already in the process, such as torch's, so that the
 // two never compete for a core. Calls from several threads queue. After fork the child gets a pool of its own.
-// Workers of a pool of its own are kept off the core of the caller that wakes them, where the process has another;
-// no other thread's affinity is set.
+// Workers of a pool of its own, which have the cores of the thread that started them, are kept off that of the caller
+// that wakes them, where there is another; no other thread's affinity is set.
 #pragma once
 
 #include <cstdint>

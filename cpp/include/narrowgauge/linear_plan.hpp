@@ -25,7 +25,7 @@ struct CpuLinearPlan {
   int64_t pass_rows = 0;
   int64_t passes = 0;     // over the weights in memory
   int64_t task_rows = 0;  // the fewest rows of the weights that a thread takes at a time
-  int64_t tasks = 0;      // of so many
+  int64_t tasks = 0;      // at most
 };
 
 CpuLinearPlan cpu_linear_plan(int64_t rows, const Format& format, int64_t n, int64_t k,

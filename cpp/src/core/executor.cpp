@@ -8,7 +8,6 @@
 #include <link.h>
 #include <pthread.h>
 #include <sched.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -90,6 +89,7 @@ class Pool final : public Executor {
              kInside - 1, " threads, got ", threads);
     stopping_.store(false);
     kept_off_ = -1;
+    if (sched_getaffinity(0, sizeof cores_, &cores_) != 0) CPU_ZERO(&cores_);
     workers_.reserve(static_cast<size_t>(threads - 1));
     try {
       for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { serve(); });
@@ -129,13 +129,13 @@ class Pool final : public Executor {
     while ((state_.load(std::memory_order_acquire) & kInside) != 0) pause_cpu();
   }
 
-  // Leaves the workers all of the process's cores but this one, the caller's. The kernel may wake a thread on the core
-  // of its waker, though another is idle, and there it would wait until the caller has done all the work.
+  // Leaves the workers all of their cores but this one, the caller's. The kernel may wake a thread on the core of its
+  // waker, though another is idle, and there it would wait until the caller has done all the work.
   void keep_off(int cpu) noexcept {
     if (cpu == kept_off_) return;
     kept_off_ = cpu;
-    cpu_set_t cores;
-    if (cpu < 0 || sched_getaffinity(getpid(), sizeof cores, &cores) != 0) return;
+    cpu_set_t cores = cores_;
+    if (cpu < 0) return;
     CPU_CLR(static_cast<size_t>(cpu), &cores);
     if (CPU_COUNT(&cores) == 0) return;
     for (std::thread& worker : workers_) pthread_setaffinity_np(worker.native_handle(), sizeof cores, &cores);
@@ -179,6 +179,7 @@ class Pool final : public Executor {
   std::atomic<uint32_t> state_{0};
   std::atomic<int> sleepers_{0};
   std::atomic<bool> stopping_{false};
+  cpu_set_t cores_{};   // guarded by mutex_: the workers', which they have from the thread that started them
   int kept_off_ = -1;   // guarded by mutex_; -1: no core
   Job* job_ = nullptr;  // valid while a job is open or a worker is inside
 };

@@ -335,7 +335,7 @@ void linear(const TensorView& x_tensor, const PackedView& packed, const TensorVi
     }
     const cpu::Output first_out = output_rows(y, bias, residual, 0);
     const cpu::Output second_out = output_rows(y, bias, residual, first_rows);
-    for_each_block(layout.blocks, 1, layout.units, x.rows, executor, [&](int64_t begin, int64_t end) {
+    executor.parallel_for(layout.blocks, plan.task_rows / kBlockRows, [&](int64_t begin, int64_t end) {
       decoded.direct(w, first_x, static_cast<int>(first_rows), first_out, begin, end);
       if (second_rows > 0) decoded.direct(w, second_x, static_cast<int>(second_rows), second_out, begin, end);
     });
