@@ -234,8 +234,9 @@ def main() -> None:
                 f"{result['prefill_x_bf16']:.2f}",
             ]
         )
-    columns = ["model", "ms a token, p10 / median", "tokens/s", "x better torch, likewise", f"prefill {args.prefill}, tokens/s"]
-    protocol.print_table("decode and prefill", [*columns, "x better torch", "x torch bf16"], rows)
+    columns = ["model", "ms a token, p10 / median", "tokens/s", "x better torch, likewise"]
+    columns += [f"prefill {args.prefill}, tokens/s", "x better torch", "x torch bf16"]
+    protocol.print_table("decode and prefill", columns, rows)
     loop = min(medians[f"the loop alone, rest {rest}"]["token"] for rest in RESTS)
     print(
         f"\nOf the {1e3 * best['token']:.1f} ms that the better torch row takes for a token, {1e3 * loop:.1f} are the "
