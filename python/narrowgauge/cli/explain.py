@@ -96,7 +96,11 @@ def _cpu(m: int, format: ng.Format, n: int, k: int, traffic: float, activations:
         way,
         tile,
         ("passes", str(plan["passes"]), "over the weights in memory"),
-        ("tasks", f"at most {plan['tasks']}, of {plan['task_rows']} rows of weights or more", f"worth a hand-over; {threads} threads"),
+        (
+            "tasks",
+            f"at most {plan['tasks']}, of {plan['task_rows']} rows of weights or more",
+            f"worth a hand-over; {threads} threads",
+        ),
     ]
     bandwidth = read_bandwidth()
     if bandwidth is None:
